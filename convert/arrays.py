@@ -1,0 +1,83 @@
+"""LazyArray: an array whose shape and dtype are known and whose values stay in the file until asked for."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from einops import rearrange
+
+
+class Array(Protocol):
+    """What the mapping needs of an array: NumPy arrays and LazyArrays have it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+    def __array__(self, dtype: Any = None, /, *, copy: bool | None = None) -> np.ndarray: ...
+
+
+Arrays = Mapping[str, Array]
+
+
+class LazyArray:
+    """Read with `np.asarray(lazy)`; `lazy[i]` reads the i-th item of the first axis alone.
+
+    `read(None)` or `read(i)` returns the values. Nothing is kept: asking twice reads twice.
+    """
+
+    def __init__(self, shape: Iterable[int], dtype: np.dtype, read: Callable[[int | None], np.ndarray]):
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self._read = read
+
+    def __array__(self, dtype: Any = None, /, *, copy: bool | None = None) -> np.ndarray:
+        array = self._read(None)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __getitem__(self, index: int, /) -> np.ndarray:
+        return self._read(index)
+
+    def __repr__(self) -> str:
+        return f"LazyArray(shape={self.shape}, dtype={self.dtype})"
+
+
+def rearranged(array: Array, source: str, target: str) -> Array:
+    """The array with its axes in another order, as two einops patterns say: "o i" to "i o"."""
+    if source == target:
+        return array
+    shape = rearrange(np.broadcast_to(np.int8(0), array.shape), f"{source} -> {target}").shape
+    return LazyArray(shape, array.dtype, lambda i: _item(rearrange(np.asarray(array), f"{source} -> {target}"), i))
+
+
+def stacked(items: list[Array]) -> Array:
+    """The arrays, all of one shape, along a new first axis."""
+    first = items[0]
+
+    def read(index: int | None) -> np.ndarray:
+        if index is not None:
+            return np.asarray(items[index])
+        whole = np.empty((len(items), *first.shape), first.dtype)  # filled in place: never two copies of all
+        for row, item in zip(whole, items):
+            row[...] = np.asarray(item)
+        return whole
+
+    return LazyArray((len(items), *first.shape), first.dtype, read)
+
+
+def unstacked(array: Array) -> list[Array]:
+    """The items along the first axis, each read alone."""
+    return [
+        LazyArray(array.shape[1:], array.dtype, lambda i, row=row: _item(np.asarray(array[row]), i))
+        for row in range(array.shape[0])
+    ]
+
+
+def changed(array: Array, dtype: np.dtype, change: Callable[[np.ndarray], np.ndarray]) -> Array:
+    """The array with every value it reads passed through `change`, which keeps the shape."""
+    return LazyArray(array.shape, dtype, lambda i: change(np.asarray(array if i is None else array[i])))
+
+
+def _item(array: np.ndarray, index: int | None) -> np.ndarray:
+    return array if index is None else array[index]

@@ -1,0 +1,338 @@
+"""Checkpoint: the weights of a Mixer with all that makes them a function; read, write, and pure verbs between."""
+
+import dataclasses
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import numpy as np
+
+from . import containers, mapping
+from .arrays import Array, Arrays, LazyArray, changed
+from .config import VARIANTS, Gelu, MixerConfig, Size, as_size, variant_letter, variant_sizes
+from .dtypes import WEIGHTS, as_dtype
+from .errors import CheckpointError
+from .files import whole_or_nothing
+from .layouts import GOOGLE, Layout, layout_named
+
+PREPROCESSING = ("resmall_crop", "resize_crop", "squash", "timm_bicubic", "timm_bilinear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What the arrays cannot say: numerics, grid, preprocessing, class names.
+
+    `image_size` (height, width in pixels) is None where nobody said it: then the tokens form a square. `labels` has a
+    name for each class. `preprocessing` names how an image becomes an array, None where that is not known.
+    """
+
+    gelu: Gelu
+    layer_norm_epsilon: float
+    image_size: Size | None = None
+    preprocessing: str | None = None
+    labels: tuple[str, ...] | None = None
+
+    @classmethod
+    def default(cls, layout: Layout) -> Self:
+        """What holds for a file that says nothing: what the code that owns its names computes."""
+        return cls(
+            gelu=layout.gelu, layer_norm_epsilon=layout.layer_norm_epsilon, preprocessing=layout.preprocessing
+        )
+
+    def updated(self, said: Mapping[str, Any]) -> Self:
+        """This with the entries that a file has. Raises CheckpointError for what is not understood."""
+        if not isinstance(said, Mapping) or (unknown := said.keys() - self.said().keys()):
+            what = ", ".join(sorted(map(str, unknown))) if isinstance(said, Mapping) else repr(said)
+            raise CheckpointError(f"its mixer_jax metadata is not understood (written by a newer version?): {what}")
+        new = dataclasses.replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
+        labels, size = new.labels, new.image_size
+        faults = {
+            "gelu": new.gelu not in get_args(Gelu),
+            "layer_norm_epsilon": not (isinstance(new.layer_norm_epsilon, float) and 0 < new.layer_norm_epsilon < math.inf),
+            "image_size": size is not None and not (_all(size, int) and len(size) == 2 and min(size) > 0),
+            "preprocessing": new.preprocessing not in (None, *PREPROCESSING),
+            "labels": labels is not None and not _all(labels, str),
+        }
+        if any(faults.values()):
+            wrong = ", ".join(f"{k} {said[k]!r}" for k, fault in faults.items() if fault)
+            raise CheckpointError(f"its mixer_jax metadata makes no sense: {wrong}")
+        return new
+
+    def said(self, *, beyond: "Metadata | None" = None) -> dict[str, Any]:
+        """The entries as JSON has them; with `beyond`, those alone that differ from it."""
+        entries = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {k: v for k, v in entries.items() if beyond is None or getattr(self, k) != getattr(beyond, k)}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Mixer's weights in some layout. Arrays may be lazy; every verb returns another Checkpoint and reads nothing.
+
+    Names and shapes are checked when it is made: CheckpointError tells every array that is missing, unknown or of
+    another shape, and a dtype that is no dtype of weights.
+    """
+
+    arrays: Arrays
+    layout: Layout
+    metadata: Metadata
+    source: str = "these arrays"
+
+    def __post_init__(self) -> None:
+        _ = self.sizes, self.dtype
+        labels = self.metadata.labels
+        if labels is not None and len(labels) != self.sizes["num_classes"]:
+            raise CheckpointError(f"{len(labels)} labels for {self.sizes['num_classes']} classes")
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, *, said: Mapping[str, Any] | None = None, source: str = "these arrays") -> Self:
+        """Of arrays by name, in whatever layout they are; `said` has entries of Metadata, the layout gives the others."""
+        layout = mapping.detect(arrays.keys())
+        return cls(arrays, layout, Metadata.default(layout).updated(said or {}), source)
+
+    @cached_property
+    def sizes(self) -> mapping.Sizes:
+        return mapping.sizes_of(self.arrays, self.layout)
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        """The one dtype of all arrays."""
+        found = Counter(np.dtype(array.dtype) for array in self.arrays.values())
+        illegal = [dtype for dtype in found if dtype.name not in WEIGHTS]
+        if illegal or len(found) > 1:
+            rarest = min(found, key=found.__getitem__)
+            example = next(name for name, array in self.arrays.items() if array.dtype == rarest)
+            raise CheckpointError(
+                f"weights are one of {', '.join(WEIGHTS)} throughout; here are "
+                + ", ".join(f"{count} of {dtype}" for dtype, count in found.most_common())
+                + f" ({example}: {rarest})"
+            )
+        return next(iter(found))
+
+    @cached_property
+    def config(self) -> MixerConfig:
+        """Raises CheckpointError where the tokens do not form a square and nobody said the image size."""
+        sizes, metadata = self.sizes, self.metadata
+        patch, tokens = (sizes["patch_height"], sizes["patch_width"]), sizes["num_tokens"]
+        side = math.isqrt(tokens)
+        size = metadata.image_size or (side * patch[0], side * patch[1])
+        if (size[0] // patch[0]) * (size[1] // patch[1]) != tokens or size[0] % patch[0] or size[1] % patch[1]:
+            if metadata.image_size is None:
+                raise CheckpointError(
+                    f"{tokens} tokens of {patch[0]}x{patch[1]} pixels are no square grid: say image_size (--image-size HxW)"
+                )
+            raise CheckpointError(
+                f"image size {size[0]}x{size[1]} does not fit: the weights are for {tokens} patches of {patch[0]}x{patch[1]} pixels"
+            )
+        return MixerConfig(
+            patch_size=patch,
+            image_size=size,
+            num_blocks=sizes["num_blocks"],
+            hidden_dim=sizes["hidden_dim"],
+            tokens_mlp_dim=sizes["tokens_mlp_dim"],
+            channels_mlp_dim=sizes["channels_mlp_dim"],
+            num_classes=sizes["num_classes"],
+            in_channels=sizes["in_channels"],
+            gelu=metadata.gelu,
+            layer_norm_epsilon=metadata.layer_norm_epsilon,
+        )
+
+    def to(self, layout: str | Layout) -> Self:
+        """In another layout's names and axes; numerics and all else travel along."""
+        target = layout_named(layout) if isinstance(layout, str) else layout
+        return dataclasses.replace(self, arrays=mapping.convert(self.arrays, self.layout, target), layout=target)
+
+    def astype(self, dtype: str | np.dtype) -> Self:
+        """Rounded to another dtype, to nearest even. A value that becomes infinite is a CheckpointError when read."""
+        target = as_dtype(dtype)
+        if target.name not in WEIGHTS:
+            raise ValueError(f"weights cannot be {target}: one of {', '.join(WEIGHTS)}")
+
+        def cast(name: str) -> Callable[[np.ndarray], np.ndarray]:
+            def change(values: np.ndarray) -> np.ndarray:
+                with np.errstate(over="ignore"):
+                    rounded = values.astype(target)
+                if not _all_finite(rounded) and _all_finite(values):
+                    raise CheckpointError(f"{self.source}: {name}: too large for {target}, some values would become infinite")
+                return rounded
+
+            return change
+
+        if target == self.dtype:
+            return self
+        return self._with({name: changed(array, target, cast(name)) for name, array in self.arrays.items()})
+
+    def with_metadata(self, **entries: Any) -> Self:
+        """With other entries of Metadata: gelu, layer_norm_epsilon, image_size, preprocessing, labels."""
+        return dataclasses.replace(self, metadata=dataclasses.replace(self.metadata, **entries))
+
+    def without_head(self) -> Self:
+        """Ending in features."""
+        canonical = mapping.to_canonical(self.arrays, self.layout)
+        return self._with_canonical({k: v for k, v in canonical.items() if not k.startswith("head/")})
+
+    def with_classes(self, num_classes: int) -> Self:
+        """With a fresh head of zeros, as Google's fine-tuning starts; unchanged if it has that many classes, 0 for none."""
+        if num_classes == self.sizes["num_classes"]:
+            return self
+        if not num_classes:
+            return self.without_head()
+        shapes = mapping.shapes(GOOGLE, self.sizes | {"num_classes": num_classes})
+        head: dict[str, Array] = {k: np.zeros(s, self.dtype) for k, s in shapes.items() if k.startswith("head/")}
+        return self._with_canonical(mapping.to_canonical(self.without_head().arrays, self.layout) | head)
+
+    def require_finite(self) -> Self:
+        """One that raises CheckpointError as soon as an array with NaN or infinity is read."""
+
+        def check(name: str) -> Callable[[np.ndarray], np.ndarray]:
+            def change(values: np.ndarray) -> np.ndarray:
+                if not _all_finite(values):
+                    nan, inf = np.isnan(values).sum(), np.isinf(values).sum()
+                    raise CheckpointError(
+                        f"{self.source}: {name}: {nan} NaN and {inf} infinite values; to load them all the same, "
+                        "say --allow-nonfinite or allow_nonfinite=True"
+                    )
+                return values
+
+            return change
+
+        return self._with({name: changed(array, array.dtype, check(name)) for name, array in self.arrays.items()})
+
+    def require_variant(self, variant: str) -> None:
+        """Raise CheckpointError unless the widths, depth and patch are those of a variant such as "B/16"."""
+        patch, sizes = variant_sizes(variant)
+        wanted = sizes | {"patch_height": patch, "patch_width": patch}
+        wrong = [f"{name} {self.sizes[name]}, wanted {size}" for name, size in wanted.items() if self.sizes[name] != size]
+        if wrong:
+            raise CheckpointError(f"not a Mixer-{variant}: found {'; '.join(wrong)}")
+
+    def require_depth(self, num_blocks: int | None = None) -> None:
+        """Raise CheckpointError unless there are so many blocks; with None, as many as Mixers of these widths have."""
+        letter, found = variant_letter(self.sizes), self.sizes["num_blocks"]
+        if num_blocks is not None and found != num_blocks:
+            raise CheckpointError(f"found {found} blocks, wanted {num_blocks}")
+        if num_blocks is None and letter and found != (usual := VARIANTS[letter]["num_blocks"]):
+            raise CheckpointError(
+                f"found {found} blocks, but Mixer-{letter}, whose widths these are, has {usual}: is the file whole? "
+                f"If it is, say --blocks {found} or num_blocks={found}"
+            )
+
+    def _with(self, arrays: Arrays) -> Self:
+        return dataclasses.replace(self, arrays=arrays)
+
+    def _with_canonical(self, canonical: Arrays) -> Self:
+        """Other weights in the same layout; labels stay only where the head does."""
+        metadata = dataclasses.replace(self.metadata, labels=None)
+        return dataclasses.replace(self, arrays=mapping.from_canonical(canonical, self.layout), metadata=metadata)
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | np.dtype | None = None,
+    image_size: int | Size | None = None,
+    num_blocks: int | None = None,
+    variant: str | None = None,
+    allow_nonfinite: bool = False,
+) -> Checkpoint:
+    """A checkpoint from a file or an Orbax folder, in whatever layout it is.
+
+    `dtype` rounds to another one, and is needed to read float64. `image_size` (pixels) says the grid of the tokens,
+    `num_blocks` that a depth no published Mixer has is meant, `variant` that nothing but, say, "B/16" will do. Values are
+    read when asked for. Every fault, then too, is a CheckpointError that names the file.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise CheckpointError("no such file or folder")
+        content = containers.module(containers.for_reading(path)).read(path)
+        if not content.arrays:
+            raise CheckpointError("no arrays in it")
+        checkpoint = Checkpoint.from_arrays(_naming(content.arrays, path), said=content.metadata, source=str(path))
+        if variant is not None:
+            checkpoint.require_variant(variant)
+        checkpoint.require_depth(num_blocks)
+        if checkpoint.dtype == np.float64 and dtype is None:
+            raise CheckpointError(
+                "float64 weights, which no published Mixer has: keep them with --dtype float64 (dtype='float64') "
+                "or round them with --dtype float32"
+            )
+        if image_size is not None:
+            checkpoint = checkpoint.with_metadata(image_size=as_size(image_size, "image_size"))
+            _ = checkpoint.config
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if not allow_nonfinite:
+        checkpoint = checkpoint.require_finite()
+    return checkpoint if dtype is None else checkpoint.astype(dtype)
+
+
+def write(
+    path: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    *,
+    force: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Write a checkpoint in its layout; the ending of `path` says the format (.npz, .safetensors, .pt, none for Orbax).
+
+    The file is read back and compared with the checkpoint, bit by bit, before it gets its name: it appears whole or not
+    at all. An existing one is replaced only with `force`, the checkpoint's own source never. `progress` is called with
+    the bytes of every array, once when it is written and once when it is compared.
+    """
+    path = Path(path)
+    name = containers.for_writing(path)
+    if path.exists() and os.path.exists(checkpoint.source) and path.samefile(checkpoint.source):
+        raise CheckpointError(f"{path}: is the source itself; give another name")
+    format = containers.module(name)
+    # Google's files say nothing, and an .npz of ours says only what they cannot mean.
+    quiet = Metadata.default(checkpoint.layout) if name == "npz" else None
+    said = checkpoint.metadata.said(beyond=quiet)
+    with whole_or_nothing(path, force=force) as written:
+        format.write(written, _counting(checkpoint.arrays, progress), said)
+        back = format.read(written)
+        wanted = _counting(checkpoint.arrays, progress)
+        wrong = sorted(wanted.keys() ^ back.arrays.keys())
+        wrong = wrong or [k for k, v in wanted.items() if not mapping.same_bytes(v, back.arrays[k])]
+        if wrong or (back.metadata or {}) != said:
+            raise CheckpointError(f"{path}: what was written does not read back the same: {', '.join(wrong[:3]) or 'metadata'}")
+
+
+def _naming(arrays: Arrays, path: Path) -> Arrays:
+    """Arrays whose faults, found when their values are read, name the file too."""
+
+    def named(array: Array) -> Array:
+        def read(index: int | None) -> np.ndarray:
+            try:
+                return np.asarray(array if index is None else array[index])
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from None
+
+        return LazyArray(array.shape, array.dtype, read)
+
+    return {name: named(array) for name, array in arrays.items()}
+
+
+def _counting(arrays: Arrays, progress: Callable[[int], object] | None) -> Arrays:
+    if progress is None:
+        return arrays
+
+    def count(values: np.ndarray) -> np.ndarray:
+        progress(values.nbytes)
+        return values
+
+    return {name: changed(array, array.dtype, count) for name, array in arrays.items()}
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    with np.errstate(all="ignore"):
+        total = values.sum(dtype=np.float32 if values.dtype.itemsize == 2 else None)
+    return bool(np.isfinite(total)) or bool(np.isfinite(values).all())
+
+
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, kind) for value in values)

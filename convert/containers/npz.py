@@ -1,0 +1,165 @@
+"""NumPy's .npz: a zip of .npy members, read without ever unpickling, checked against the zip's CRC-32.
+
+bfloat16 is stored as two-byte void ("|V2"), as big_vision does. What the arrays do not say stands in the zip's comment,
+which np.load ignores.
+"""
+
+import io
+import json
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Array, LazyArray
+from ..dtypes import as_dtype
+from ..errors import CheckpointError
+from ..files import OpenFile
+from . import Content
+
+MOST_DEFLATED = 1032  # no deflate stream grows by more, so a larger claim is a lie
+CHUNK = 1 << 20
+
+
+def read(path: Path) -> Content:
+    file = OpenFile(path)
+    with zipfile.ZipFile(path) as archive:
+        members, comment = archive.infolist(), archive.comment
+    twice = [name for name, count in Counter(m.filename for m in members).items() if count > 1]
+    if twice:
+        raise CheckpointError(f"two members of one name: {', '.join(twice[:3])}")
+    arrays = {}
+    for member in members:
+        try:
+            arrays[member.filename.removesuffix(".npy")] = _lazy(_Member(file, member))
+        except CheckpointError as error:
+            raise CheckpointError(f"{member.filename}: {error}") from None
+    return Content(arrays, _said(comment))
+
+
+def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None) -> None:
+    """Members sorted by name and stored: byte for byte what np.savez writes of the same arrays in that order."""
+    comment = json.dumps({"mixer_jax": metadata}).encode() if metadata else b""
+    if len(comment) > zipfile.ZIP_MAX_COMMENT:
+        raise CheckpointError(
+            f"the labels take {len(comment)} bytes and an .npz has room for {zipfile.ZIP_MAX_COMMENT}: write .safetensors"
+        )
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.comment = comment
+        for name in sorted(arrays):
+            array = np.ascontiguousarray(np.asarray(arrays[name]))
+            if array.dtype.name == "bfloat16":
+                array = array.view("V2")
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+class _Member:
+    """One member of the zip: its bytes, checked."""
+
+    def __init__(self, file: OpenFile, info: zipfile.ZipInfo):
+        if not info.filename.endswith(".npy"):
+            raise CheckpointError("not an array (.npy)")
+        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise CheckpointError("encrypted, or compressed in a way that NumPy does not write")
+        self.name = info.filename
+        self.file, self.size, self.packed, self.crc = file, info.file_size, info.compress_size, info.CRC
+        self.stored = info.compress_type == zipfile.ZIP_STORED
+        local = file.read(info.header_offset, 30).tobytes()
+        if not local.startswith(b"PK\x03\x04"):
+            raise CheckpointError("the zip's directory points at something else: damaged")
+        self.offset = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
+        limit = self.packed if self.stored else self.packed * MOST_DEFLATED + CHUNK
+        if self.offset + self.packed > file.size or self.size > limit:
+            raise CheckpointError(f"claims {self.size} bytes, more than the file can hold")
+        self.checked = False
+
+    def start(self, count: int) -> bytes:
+        packed = self.file.read(self.offset, min(count if self.stored else CHUNK, self.packed)).tobytes()
+        return packed if self.stored else self._inflate(zlib.decompressobj(-15), packed, count)
+
+    def all(self) -> np.ndarray:
+        """Every byte. Raises CheckpointError where they are not the ones that were written."""
+        if self.stored:
+            data = self.file.read(self.offset, self.size)
+            self._check(zlib.crc32(data))
+            return data
+        data, done, stream = np.empty(self.size, np.uint8), 0, zlib.decompressobj(-15)
+        for at in range(0, self.packed, CHUNK):
+            packed = self.file.read(self.offset + at, min(CHUNK, self.packed - at)).tobytes()
+            piece = self._inflate(stream, packed, self.size - done + 1)
+            if done + len(piece) > self.size:
+                raise CheckpointError("inflates to more than it says: damaged")
+            data[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+            done += len(piece)
+        self._check(zlib.crc32(data[:done]))
+        return data
+
+    def part(self, start: int, count: int) -> np.ndarray:
+        """Some bytes; the whole is checked the first time."""
+        if not self.stored:
+            return self.all()[start : start + count]
+        if not self.checked:
+            crc = 0
+            for at in range(0, self.size, CHUNK):
+                crc = zlib.crc32(self.file.read(self.offset + at, min(CHUNK, self.size - at)), crc)
+            self._check(crc)
+        return self.file.read(self.offset + start, count)
+
+    def _check(self, crc: int) -> None:
+        if crc != self.crc:
+            raise CheckpointError("its bytes are not the ones that were written (CRC-32): fetch or write the file again")
+        self.checked = True
+
+    @staticmethod
+    def _inflate(stream: Any, packed: bytes, most: int) -> bytes:
+        try:
+            return stream.decompress(packed, most)
+        except zlib.error as error:
+            raise CheckpointError(f"does not inflate ({error}): damaged") from None
+
+
+def _lazy(member: _Member) -> LazyArray:
+    header = io.BytesIO(member.start(4096))
+    try:
+        version = np.lib.format.read_magic(header)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, stored_dtype = read_header(header)
+    except (ValueError, KeyError, SyntaxError, TypeError) as error:
+        raise CheckpointError(f"not an .npy array ({error})") from None
+    if stored_dtype.hasobject:
+        raise CheckpointError("an object array: loading it would run code from the file, so it is never loaded")
+    start, count = header.tell(), int(np.prod(shape, dtype=object)) * stored_dtype.itemsize
+    if min(shape, default=0) < 0 or start + count != member.size:
+        raise CheckpointError(f"shape {shape} of {stored_dtype} takes {count} bytes, {member.size - start} are there")
+    dtype = as_dtype("bfloat16") if stored_dtype.str == "|V2" else stored_dtype.newbyteorder("=")
+
+    def values(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        array = data.view(dtype if stored_dtype.str == "|V2" else stored_dtype)
+        array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+        return np.ascontiguousarray(array, dtype)
+
+    def read(index: int | None) -> np.ndarray:
+        try:
+            if index is None or fortran:
+                whole = values(member.all()[start:], shape)
+                return whole if index is None else whole[index]
+            item = count // shape[0]
+            return values(member.part(start + range(shape[0])[index] * item, item), shape[1:])
+        except CheckpointError as error:
+            raise CheckpointError(f"{member.name}: {error}") from None
+
+    return LazyArray(shape, dtype, read)
+
+
+def _said(comment: bytes) -> Mapping[str, Any] | None:
+    """Our part of the zip's comment; anything else there is somebody else's remark."""
+    try:
+        return json.loads(comment).get("mixer_jax")
+    except (ValueError, AttributeError):
+        return None

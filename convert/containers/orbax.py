@@ -1,0 +1,52 @@
+"""An Orbax folder: the item `params`, a tree whose paths are the names split at "/", and the JSON item `metadata`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Array
+from ..errors import CheckpointError
+from . import Content
+
+try:
+    import orbax.checkpoint as ocp
+except ModuleNotFoundError:
+    raise ImportError("reading and writing Orbax folders needs Orbax: pip install orbax-checkpoint") from None
+
+
+def read(path: Path) -> Content:
+    path = path.absolute()
+    if not (path / "params").is_dir():
+        raise CheckpointError("an Orbax checkpoint without the item 'params': save the parameters under that name")
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            items = {"params": ocp.args.StandardRestore()}
+            if (path / "metadata").is_dir():
+                items["metadata"] = ocp.args.JsonRestore()
+            restored = checkpointer.restore(path, args=ocp.args.Composite(**items))
+    except Exception as error:  # Orbax and TensorStore raise whatever was underneath
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"Orbax cannot restore it: {reason}") from None
+    arrays = {name: np.asarray(array) for name, array in _flat(restored["params"])}
+    return Content(arrays, restored.get("metadata"))
+
+
+def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None) -> None:
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *folders, leaf = name.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = np.asarray(array)
+    items = ocp.args.Composite(params=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(dict(metadata or {})))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), args=items)
+
+
+def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(tree, Mapping):
+        return [(prefix, tree)]
+    return [leaf for key, value in tree.items() for leaf in _flat(value, f"{prefix}/{key}" if prefix else str(key))]

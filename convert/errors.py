@@ -1,0 +1,2 @@
+class CheckpointError(ValueError):
+    """A checkpoint, or a request about one, that cannot be honoured. The message says what to do."""

@@ -1,0 +1,103 @@
+"""Files: read at a position from one open handle, and written whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .errors import CheckpointError
+
+
+class OpenFile:
+    """A file opened once for reading at positions; safe across threads, closed with its last user."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._file = open(path, "rb", buffering=0)
+        self._lock = threading.Lock()
+        weakref.finalize(self, self._file.close)
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """`count` bytes from `offset` as uint8. Raises CheckpointError where the file ends before."""
+        buffer = np.empty(max(0, min(count, self.size - offset)), np.uint8)
+        view, done = memoryview(buffer), 0
+        with self._lock:
+            self._file.seek(offset)
+            while done < len(view) and (got := self._file.readinto(view[done:])):
+                done += got
+        if done != count:
+            raise CheckpointError(f"truncated: {count} bytes wanted at {offset}, the file has {self.size}")
+        return buffer
+
+
+@contextlib.contextmanager
+def whole_or_nothing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """A name to write a file or a folder under, which becomes `path` at the end of the block, or vanishes.
+
+    The name lies in a temporary folder beside `path`, so the last step is one rename; the content has reached the disk
+    by then. Without `force` an existing `path` is an error, also one that appears meanwhile. With `force` a file takes
+    a file's place, and a folder the place of another Orbax checkpoint, never that of any other folder.
+    """
+    path = Path(path)
+    check_writable(path, force=force)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        written = scratch / path.name
+        yield written
+        for file in [written, *written.rglob("*")] if written.is_dir() else [written]:
+            _sync(file)
+        check_writable(path, force=force)
+        if written.is_dir():
+            if path.is_dir():
+                path.rename(scratch / "replaced")
+            written.rename(path)
+        elif force:
+            written.replace(path)
+        else:
+            _rename_to_new(written, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_writable(path: Path, *, force: bool) -> None:
+    """Raise CheckpointError if `path` may not be written."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        if not (force and is_orbax(path)):
+            raise CheckpointError(
+                f"{path}: a folder is in the way"
+                + (" (replace it with --force or force=True)" if is_orbax(path) else "; give a name that is free")
+            )
+        if path.suffix in (".npz", ".pt", ".pth", ".safetensors"):
+            raise CheckpointError(f"{path}: a folder is in the way; give a name that is free")
+    elif path.exists() and not force:
+        raise CheckpointError(f"{path}: exists already (replace it with --force or force=True)")
+
+
+def is_orbax(path: Path) -> bool:
+    return (path / "_CHECKPOINT_METADATA").is_file() or (path / "params" / "_METADATA").is_file()
+
+
+def _rename_to_new(written: Path, path: Path) -> None:
+    try:
+        os.link(written, path)  # unlike a rename, fails where another writer was faster
+    except FileExistsError:
+        raise CheckpointError(f"{path}: appeared while it was being written; the other one is kept") from None
+    except OSError:  # a file system without hard links
+        written.rename(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

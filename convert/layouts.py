@@ -1,0 +1,126 @@
+"""THE table: what every layout calls the nine modules of a Mixer, and how it orders their axes.
+
+A layout is a column. `{i}` in a name is the block index, counted from 0; a column whose block names have none keeps the
+blocks as a leading axis `l`. `{leaf}` is where the leaf's name goes. Every transpose and reshape follows from two
+columns' axis orders, in both directions. Canonical means google's names and axes.
+"""
+
+from dataclasses import dataclass, field
+
+from .config import Gelu
+
+# Modules in the order of the forward pass: their kind, and which sizes their input and output have.
+MODULES: dict[str, tuple[str, str, str]] = {
+    "stem": ("stem", "in_channels", "hidden_dim"),
+    "token_norm": ("norm", "hidden_dim", "hidden_dim"),
+    "token_mixing/dense_0": ("mlp", "num_tokens", "tokens_mlp_dim"),
+    "token_mixing/dense_1": ("mlp", "tokens_mlp_dim", "num_tokens"),
+    "channel_norm": ("norm", "hidden_dim", "hidden_dim"),
+    "channel_mixing/dense_0": ("mlp", "hidden_dim", "channels_mlp_dim"),
+    "channel_mixing/dense_1": ("mlp", "channels_mlp_dim", "hidden_dim"),
+    "pre_head_norm": ("norm", "hidden_dim", "hidden_dim"),
+    "head": ("head", "hidden_dim", "num_classes"),
+}
+BLOCK_MODULES = tuple(MODULES)[1:7]
+
+Leaves = dict[str, dict[str, str]]  # kind of module -> {leaf name: axes}: the weight first, then the bias
+
+FLAX_LEAVES: Leaves = {
+    "stem": {"kernel": "h w i o", "bias": "o"},
+    "norm": {"scale": "o", "bias": "o"},
+    "mlp": {"kernel": "i o", "bias": "o"},
+    "head": {"kernel": "i o", "bias": "o"},
+}
+TORCH_LEAVES: Leaves = {
+    "stem": {"weight": "o i h w", "bias": "o"},
+    "norm": {"weight": "o", "bias": "o"},
+    "mlp": {"weight": "o i", "bias": "o"},
+    "head": {"weight": "o i", "bias": "o"},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One column: names, axes, and what the code that owns the names computes unless a file says otherwise."""
+
+    name: str
+    modules: dict[str, str]
+    leaves: Leaves
+    gelu: Gelu = "tanh"
+    layer_norm_epsilon: float = 1e-6
+    preprocessing: str | None = "resmall_crop"
+    remedy: dict[Gelu, str] = field(default_factory=dict)  # what to tell that code so that it computes the other GELU
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the block index is an axis instead of part of the name."""
+        return "{i}" not in self.modules["token_norm"]
+
+
+GOOGLE = Layout(
+    name="google",  # google-research/vision_transformer, models_mixer.py: the published files
+    modules={
+        "stem": "stem/{leaf}",
+        "token_norm": "MixerBlock_{i}/LayerNorm_0/{leaf}",
+        "token_mixing/dense_0": "MixerBlock_{i}/token_mixing/Dense_0/{leaf}",
+        "token_mixing/dense_1": "MixerBlock_{i}/token_mixing/Dense_1/{leaf}",
+        "channel_norm": "MixerBlock_{i}/LayerNorm_1/{leaf}",
+        "channel_mixing/dense_0": "MixerBlock_{i}/channel_mixing/Dense_0/{leaf}",
+        "channel_mixing/dense_1": "MixerBlock_{i}/channel_mixing/Dense_1/{leaf}",
+        "pre_head_norm": "pre_head_layer_norm/{leaf}",
+        "head": "head/{leaf}",
+    },
+    leaves=FLAX_LEAVES,
+)
+
+FLAX = Layout(
+    name="flax",  # mixer_jax.MlpMixer
+    modules={
+        "stem": "stem/{leaf}",
+        "token_norm": "blocks/token_norm/{leaf}",
+        "token_mixing/dense_0": "blocks/token_mixing/dense_0/{leaf}",
+        "token_mixing/dense_1": "blocks/token_mixing/dense_1/{leaf}",
+        "channel_norm": "blocks/channel_norm/{leaf}",
+        "channel_mixing/dense_0": "blocks/channel_mixing/dense_0/{leaf}",
+        "channel_mixing/dense_1": "blocks/channel_mixing/dense_1/{leaf}",
+        "pre_head_norm": "pre_head_norm/{leaf}",
+        "head": "head/{leaf}",
+    },
+    leaves=FLAX_LEAVES,
+)
+
+TIMM = Layout(
+    name="timm",  # timm.models.mlp_mixer.MlpMixer, and mixer_jax.torch_model
+    modules={
+        "stem": "stem.proj.{leaf}",
+        "token_norm": "blocks.{i}.norm1.{leaf}",
+        "token_mixing/dense_0": "blocks.{i}.mlp_tokens.fc1.{leaf}",
+        "token_mixing/dense_1": "blocks.{i}.mlp_tokens.fc2.{leaf}",
+        "channel_norm": "blocks.{i}.norm2.{leaf}",
+        "channel_mixing/dense_0": "blocks.{i}.mlp_channels.fc1.{leaf}",
+        "channel_mixing/dense_1": "blocks.{i}.mlp_channels.fc2.{leaf}",
+        "pre_head_norm": "norm.{leaf}",
+        "head": "head.{leaf}",
+    },
+    leaves=TORCH_LEAVES,
+    gelu="exact",
+    preprocessing="timm_bicubic",
+    remedy={"tanh": 'act_layer=partial(nn.GELU, approximate="tanh")'},
+)
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (GOOGLE, FLAX, TIMM)}
+ALIASES = {"npz": "google", "torch": "timm"}  # names that commands take besides
+
+# Names that only other networks have, so that a wrong file can be told what it is.
+FOREIGN: dict[str, tuple[str, ...]] = {
+    "a Vision Transformer": ("cls", "Transformer/", "cls_token", "pos_embed", "opt/target/Transformer/"),
+    "a ResNet": ("layer1.", "conv_root", "block1/"),
+}
+
+
+def layout_named(name: str) -> Layout:
+    """The column of a layout's name or alias."""
+    try:
+        return LAYOUTS[ALIASES.get(name, name)]
+    except KeyError:
+        raise ValueError(f"no layout {name!r}: one of {', '.join([*LAYOUTS, *ALIASES])}") from None
