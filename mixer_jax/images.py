@@ -1,0 +1,26 @@
+"""The one check of what both models are called with."""
+
+from collections.abc import Sequence
+
+from convert import MixerConfig
+
+
+def check_images(shape: Sequence[int], dtype: str, config: MixerConfig, *, axes: str) -> None:
+    """Raise ValueError, saying what to do, unless images have the model's size, axes ("b h w c" or "b c h w") and float values."""
+    h, w, c = (*config.image_size, config.in_channels)
+    sizes = {"b": "batch", "h": h, "w": w, "c": c}
+    wanted, found = tuple(sizes[axis] for axis in axes.split()), tuple(shape)
+    text = f"images must be ({', '.join(map(str, wanted))}), that is ({', '.join(axes.split())}), not {found}"
+    if len(found) == 3 and found == wanted[1:]:
+        raise ValueError(f"{text}: one image is a batch of one, images[None]")
+    if len(found) != 4 or found[1:] != wanted[1:]:
+        other = (c, h, w) if axes == "b h w c" else (h, w, c)
+        if len(found) == 4 and found[1:] == other:
+            order = "(0, 2, 3, 1)" if axes == "b h w c" else "(0, 3, 1, 2)"
+            move = f"images.{'transpose' if axes == 'b h w c' else 'permute'}{order}"
+            raise ValueError(f"{text}: the channels are on the wrong axis, use {move}")
+        raise ValueError(f"{text}: resize or crop them; weights for another grid are another checkpoint")
+    if not dtype.startswith(("float", "bfloat")):
+        raise ValueError(
+            f"images must be floating point, not {dtype}: the released weights take pixels of 0 to 255 as x / 127.5 - 1"
+        )
