@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from .config import VARIANTS, Gelu, MixerConfig, Size, as_size, variant_letter, 
 from .dtypes import WEIGHTS, as_dtype
 from .errors import CheckpointError
 from .files import whole_or_nothing
-from .layouts import GOOGLE, Layout, layout_named
+from .layouts import GOOGLE, USUAL_LAYOUT, Layout, layout_named
 
 PREPROCESSING = ("resmall_crop", "resize_crop", "squash", "timm_bicubic", "timm_bilinear")
 
@@ -48,7 +49,7 @@ class Metadata:
         """This with the entries that a file has. Raises CheckpointError for what is not understood."""
         if not isinstance(said, Mapping) or (unknown := said.keys() - self.said().keys()):
             what = ", ".join(sorted(map(str, unknown))) if isinstance(said, Mapping) else repr(said)
-            raise CheckpointError(f"its mixer_jax metadata is not understood (written by a newer version?): {what}")
+            raise CheckpointError(f"metadata that is not understood (written by a newer version?): {what}")
         new = dataclasses.replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
         labels, size = new.labels, new.image_size
         faults = {
@@ -59,8 +60,8 @@ class Metadata:
             "labels": labels is not None and not _all(labels, str),
         }
         if any(faults.values()):
-            wrong = ", ".join(f"{k} {said[k]!r}" for k, fault in faults.items() if fault)
-            raise CheckpointError(f"its mixer_jax metadata makes no sense: {wrong}")
+            wrong = ", ".join(f"{k} {getattr(new, k)!r}" for k, fault in faults.items() if fault)
+            raise CheckpointError(f"metadata that makes no sense: {wrong}")
         return new
 
     def said(self, *, beyond: "Metadata | None" = None) -> dict[str, Any]:
@@ -93,6 +94,19 @@ class Checkpoint:
         """Of arrays by name, in whatever layout they are; `said` has entries of Metadata, the layout gives the others."""
         layout = mapping.detect(arrays.keys())
         return cls(arrays, layout, Metadata.default(layout).updated(said or {}), source)
+
+    @classmethod
+    def of_model(
+        cls, arrays: Arrays, layout: str, config: MixerConfig, *, labels: Sequence[str] | None, preprocessing: str | None
+    ) -> Self:
+        """Of a model's parameters, in the layout of its framework."""
+        metadata = Metadata(
+            gelu=config.gelu,
+            layer_norm_epsilon=config.layer_norm_epsilon,
+            preprocessing=preprocessing,
+            labels=None if labels is None else tuple(labels),
+        )
+        return cls(arrays, layout_named(layout), metadata, "the model").with_image_size(config.image_size)
 
     @cached_property
     def sizes(self) -> mapping.Sizes:
@@ -168,7 +182,14 @@ class Checkpoint:
 
     def with_metadata(self, **entries: Any) -> Self:
         """With other entries of Metadata: gelu, layer_norm_epsilon, image_size, preprocessing, labels."""
-        return dataclasses.replace(self, metadata=dataclasses.replace(self.metadata, **entries))
+        return dataclasses.replace(self, metadata=self.metadata.updated(entries))
+
+    def with_image_size(self, image_size: int | Size) -> Self:
+        """For images of this size in pixels. Raises CheckpointError unless the tokens are its patches."""
+        size = as_size(image_size, "image_size")
+        checkpoint = self.with_metadata(image_size=size)
+        square = checkpoint.config.grid[0] == checkpoint.config.grid[1]
+        return self.with_metadata(image_size=None) if square else checkpoint  # a square goes without saying
 
     def without_head(self) -> Self:
         """Ending in features."""
@@ -231,43 +252,48 @@ class Checkpoint:
 
 
 def read(
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Checkpoint,
     *,
-    dtype: str | np.dtype | None = None,
-    image_size: int | Size | None = None,
-    num_blocks: int | None = None,
     variant: str | None = None,
+    num_classes: int | None = None,
+    num_blocks: int | None = None,
+    image_size: int | Size | None = None,
+    gelu: Gelu | None = None,
+    layer_norm_epsilon: float | None = None,
+    dtype: str | np.dtype | None = None,
     allow_nonfinite: bool = False,
 ) -> Checkpoint:
-    """A checkpoint from a file or an Orbax folder, in whatever layout it is.
+    """A checkpoint from a file or an Orbax folder, in whatever layout it is; values are read when asked for.
 
-    `dtype` rounds to another one, and is needed to read float64. `image_size` (pixels) says the grid of the tokens,
-    `num_blocks` that a depth no published Mixer has is meant, `variant` that nothing but, say, "B/16" will do. Values are
-    read when asked for. Every fault, then too, is a CheckpointError that names the file.
+    `variant` refuses all but, say, "B/16". Another `num_classes` than the file's gives a fresh zero head, with a warning
+    that says so; 0 drops the head. `num_blocks` says that a depth no published Mixer has is meant, `image_size` (pixels)
+    what grid the tokens form. `gelu` and `layer_norm_epsilon` override the file's numerics. `dtype` rounds, and is needed
+    to read float64. A Checkpoint as source gets the same treatment, save for what can be wrong in a file only.
+
+    Raises CheckpointError, naming the file and every fault; NaN and infinity are found when their array is read.
     """
-    path = Path(path)
+    path = None if isinstance(source, Checkpoint) else Path(source)
     try:
-        if not path.exists():
-            raise CheckpointError("no such file or folder")
-        content = containers.module(containers.for_reading(path)).read(path)
-        if not content.arrays:
-            raise CheckpointError("no arrays in it")
-        checkpoint = Checkpoint.from_arrays(_naming(content.arrays, path), said=content.metadata, source=str(path))
+        checkpoint = source if isinstance(source, Checkpoint) else _open(Path(source), allow_nonfinite)
         if variant is not None:
             checkpoint.require_variant(variant)
         checkpoint.require_depth(num_blocks)
-        if checkpoint.dtype == np.float64 and dtype is None:
+        if path is not None and checkpoint.dtype == np.float64 and dtype is None:
             raise CheckpointError(
                 "float64 weights, which no published Mixer has: keep them with --dtype float64 (dtype='float64') "
                 "or round them with --dtype float32"
             )
         if image_size is not None:
-            checkpoint = checkpoint.with_metadata(image_size=as_size(image_size, "image_size"))
-            _ = checkpoint.config
+            checkpoint = checkpoint.with_image_size(image_size)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if not allow_nonfinite:
-        checkpoint = checkpoint.require_finite()
+        raise CheckpointError(f"{checkpoint.source if path is None else path}: {error}") from None
+    overrides = {"gelu": gelu, "layer_norm_epsilon": layer_norm_epsilon}
+    checkpoint = checkpoint.with_metadata(**{name: value for name, value in overrides.items() if value is not None})
+    found = checkpoint.sizes["num_classes"]
+    if num_classes is not None and num_classes != found:
+        checkpoint = checkpoint.with_classes(num_classes)
+        if num_classes:
+            warnings.warn(f"{checkpoint.source}: the head for {found} classes is now zeros for {num_classes}", stacklevel=3)
     return checkpoint if dtype is None else checkpoint.astype(dtype)
 
 
@@ -275,31 +301,50 @@ def write(
     path: str | os.PathLike[str],
     checkpoint: Checkpoint,
     *,
+    layout: str | None = None,
+    dtype: str | np.dtype | None = None,
     force: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Write a checkpoint in its layout; the ending of `path` says the format (.npz, .safetensors, .pt, none for Orbax).
+    """Write a checkpoint in a layout (None: the one it has); the ending of `path` says the format.
 
-    The file is read back and compared with the checkpoint, bit by bit, before it gets its name: it appears whole or not
-    at all. An existing one is replaced only with `force`, the checkpoint's own source never. `progress` is called with
-    the bytes of every array, once when it is written and once when it is compared.
+    That is .npz, .safetensors, .pt, .pth, or none for an Orbax folder. What was written is read back and compared, bit by
+    bit, before it gets its name: it appears whole or not at all. An existing file is replaced only with `force`, the
+    checkpoint's own source never. `progress` is called with the bytes of every array, when it is written and when it is
+    compared.
     """
     path = Path(path)
     name = containers.for_writing(path)
     if path.exists() and os.path.exists(checkpoint.source) and path.samefile(checkpoint.source):
         raise CheckpointError(f"{path}: is the source itself; give another name")
+    checkpoint = checkpoint if layout is None else checkpoint.to(layout)
+    checkpoint = checkpoint if dtype is None else checkpoint.astype(dtype)
     format = containers.module(name)
-    # Google's files say nothing, and an .npz of ours says only what they cannot mean.
-    quiet = Metadata.default(checkpoint.layout) if name == "npz" else None
-    said = checkpoint.metadata.said(beyond=quiet)
+    # Google's files say nothing, so an .npz of ours says only what saying nothing would not mean.
+    said = checkpoint.metadata.said(beyond=Metadata.default(checkpoint.layout) if name == "npz" else None)
+    arrays = _counting(checkpoint.arrays, progress)
     with whole_or_nothing(path, force=force) as written:
-        format.write(written, _counting(checkpoint.arrays, progress), said)
+        format.write(written, arrays, said)
         back = format.read(written)
-        wanted = _counting(checkpoint.arrays, progress)
-        wrong = sorted(wanted.keys() ^ back.arrays.keys())
-        wrong = wrong or [k for k, v in wanted.items() if not mapping.same_bytes(v, back.arrays[k])]
+        wrong = sorted(arrays.keys() ^ back.arrays.keys())
+        wrong = wrong or [k for k, array in arrays.items() if not mapping.same_bytes(array, back.arrays[k])]
         if wrong or (back.metadata or {}) != said:
             raise CheckpointError(f"{path}: what was written does not read back the same: {', '.join(wrong[:3]) or 'metadata'}")
+
+
+def usual_layout(path: str | os.PathLike[str]) -> str:
+    """The layout that the world expects in the format that the ending of `path` says."""
+    return USUAL_LAYOUT[containers.for_writing(Path(path))]
+
+
+def _open(path: Path, allow_nonfinite: bool) -> Checkpoint:
+    if not path.exists():
+        raise CheckpointError("no such file or folder")
+    content = containers.module(containers.for_reading(path)).read(path)
+    if not content.arrays:
+        raise CheckpointError("no arrays in it")
+    checkpoint = Checkpoint.from_arrays(_naming(content.arrays, path), said=content.metadata, source=str(path))
+    return checkpoint if allow_nonfinite else checkpoint.require_finite()
 
 
 def _naming(arrays: Arrays, path: Path) -> Arrays:

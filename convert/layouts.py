@@ -111,6 +111,9 @@ TIMM = Layout(
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (GOOGLE, FLAX, TIMM)}
 ALIASES = {"npz": "google", "torch": "timm"}  # names that commands take besides
 
+# The layout that the world expects in a format.
+USUAL_LAYOUT = {"npz": "google", "safetensors": "timm", "pt": "timm", "orbax": "flax"}
+
 # Names that only other networks have, so that a wrong file can be told what it is.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "a Vision Transformer": ("cls", "Transformer/", "cls_token", "pos_embed", "opt/target/Transformer/"),

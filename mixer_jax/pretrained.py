@@ -1,0 +1,133 @@
+"""Checkpoint <-> model, for both frameworks; the Flax half here, the other in `torch_model`.
+
+No weight is initialised to be thrown away, and none is set without its name, shape and dtype having been checked.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from convert import Checkpoint, CheckpointError, read, usual_layout, write
+from convert.arrays import Arrays
+from convert.config import Gelu, Size
+
+if TYPE_CHECKING:
+    import jax
+    from flax import nnx
+    from jax.typing import DTypeLike
+
+    from .model import MlpMixer
+
+Source = str | os.PathLike[str] | Checkpoint
+
+
+def load(
+    source: Source,
+    *,
+    variant: str | None = None,
+    num_classes: int | None = None,
+    num_blocks: int | None = None,
+    image_size: int | Size | None = None,
+    gelu: Gelu | None = None,
+    layer_norm_epsilon: float | None = None,
+    allow_nonfinite: bool = False,
+    dropout_rate: float = 0.0,
+    stochastic_depth_rate: float = 0.0,
+    rescale: bool = True,
+    rngs: "nnx.Rngs | None" = None,
+    dtype: "DTypeLike | None" = None,
+    param_dtype: "DTypeLike | None" = None,
+    precision: "jax.lax.PrecisionLike" = None,
+    remat: bool = False,
+    sharding: "jax.Device | jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None" = None,
+) -> "MlpMixer":
+    """A Flax model with a checkpoint's weights, in eval mode. Sizes and class count are read off the file.
+
+    `source` is a file, an Orbax folder or a Checkpoint, in any layout. `variant` refuses all but, say, "B/16"; another
+    `num_classes` than the file's gives a fresh zero head, with a warning that says so; `num_blocks` and `image_size`
+    (pixels) say what the file cannot; `gelu` and `layer_norm_epsilon` override its numerics. Rates above 0 need `rngs`.
+    `dtype`, `precision`, `rescale` and `remat` are MlpMixer's; `param_dtype` defaults to the file's. `sharding` places the
+    weights: a device, a Sharding for all, or a function of name (`"blocks/token_mixing/dense_0/kernel"`) and shape.
+
+    Raises CheckpointError for anything about the file that does not fit, naming every fault.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from .model import MlpMixer
+
+    if (dropout_rate or stochastic_depth_rate) and rngs is None:
+        raise ValueError("dropout and stochastic depth need rngs, as in load(..., rngs=flax.nnx.Rngs(0))")
+    checkpoint = read(
+        source,
+        variant=variant,
+        num_classes=num_classes,
+        num_blocks=num_blocks,
+        image_size=image_size,
+        gelu=gelu,
+        layer_norm_epsilon=layer_norm_epsilon,
+        dtype=None if param_dtype is None else jnp.dtype(param_dtype).name,
+        allow_nonfinite=allow_nonfinite,
+    ).to("flax")
+    model = nnx.eval_shape(
+        lambda: MlpMixer(
+            checkpoint.config,
+            rngs=nnx.Rngs(0),
+            dropout_rate=dropout_rate,
+            stochastic_depth_rate=stochastic_depth_rate,
+            rescale=rescale,
+            dtype=dtype,
+            param_dtype=checkpoint.dtype,
+            precision=precision,
+            remat=remat,
+        )
+    )
+    wanted = {"/".join(path): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    require_same(checkpoint.arrays, {name: (param.shape, param.dtype.name) for name, param in wanted.items()}, checkpoint.source)
+    for name, param in wanted.items():
+        place = sharding(name, param.shape) if callable(sharding) else sharding
+        # Never an alias: the array may be somebody's, and models are written to.
+        wanted[name] = param.replace(jax.device_put(checkpoint.arrays[name].__array__(), place, may_alias=False))
+    nnx.update(model, nnx.from_flat_state([(tuple(name.split("/")), param) for name, param in wanted.items()]))
+    model.seed(rngs or nnx.Rngs(0))
+    model.labels, model.preprocessing = checkpoint.metadata.labels, checkpoint.metadata.preprocessing
+    model.eval()
+    return model
+
+
+def save(
+    model: "MlpMixer",
+    path: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> None:
+    """Write a Flax model's weights with its numerics, grid, `model.labels` and `model.preprocessing`, whole or not at all.
+
+    The ending of `path` says the format; `layout` defaults to what is usual in it: google in .npz, timm in .safetensors
+    and .pt, flax in an Orbax folder. `dtype` rounds. An existing file is replaced only with `force`.
+    """
+    write(path, to_checkpoint(model), layout=layout or usual_layout(path), dtype=dtype, force=force)
+
+
+def to_checkpoint(model: "MlpMixer") -> Checkpoint:
+    """A Flax model's weights, with all that makes them a function."""
+    import numpy as np
+    from flax import nnx
+
+    arrays = {"/".join(path): np.asarray(param[...]) for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return Checkpoint.of_model(arrays, "flax", model.config, labels=model.labels, preprocessing=model.preprocessing)
+
+
+def require_same(arrays: Arrays, wanted: Mapping[str, tuple[tuple[int, ...], str]], source: str) -> None:
+    """Raise CheckpointError unless the arrays have exactly these names, each with its shape and dtype."""
+    found = {name: (tuple(array.shape), array.dtype.name) for name, array in arrays.items()}
+    wrong = [
+        f"  {name}: found {found.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        raise CheckpointError("\n".join([f"{source}: the weights do not fit the model", *wrong]))

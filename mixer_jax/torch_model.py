@@ -1,0 +1,288 @@
+"""The PyTorch twin of `mixer_jax.model`: same config, same options, same tap; its state_dict has timm's names.
+
+Images are (b, channels, h, w), as PyTorch has them; what the tap sees has the axes of the Flax model.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+
+try:
+    import torch
+except ModuleNotFoundError:
+    raise ImportError("the PyTorch twin needs PyTorch: pip install 'mixer-jax[torch]'") from None
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from convert import Checkpoint, MixerConfig, read, usual_layout, write
+from convert.config import Gelu, Size
+from convert.containers.pt import from_torch, to_torch
+
+from . import pretrained
+from .images import check_images
+
+Tap = Callable[[str, Tensor], Tensor]
+
+
+def identity(name: str, array: Tensor) -> Tensor:
+    return array
+
+
+class Linear(nn.Linear):
+    """A product in the dtype of its input, whatever its weights are stored in; LeCun normal like Google's."""
+
+    def reset_parameters(self) -> None:
+        lecun_normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Over the channels, in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Stem(nn.Module):
+    """One product for every patch: images (b, i, h, w) -> tokens (b, n, o), row by row."""
+
+    def __init__(self, config: MixerConfig, *, dtype: torch.dtype | None):
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_dim, config.patch_size, config.patch_size)
+        lecun_normal_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        weight, bias = self.proj.weight, self.proj.bias
+        dtype = self.dtype or torch.promote_types(images.dtype, weight.dtype)
+        grid = F.conv2d(images.to(dtype), weight.to(dtype), bias.to(dtype), stride=self.proj.stride)
+        return rearrange(grid, "b o gh gw -> b (gh gw) o")
+
+
+class MlpBlock(nn.Module):
+    """Two products with a GELU between, over the last axis."""
+
+    def __init__(self, features: int, hidden: int, *, gelu: str, dropout_rate: float):
+        super().__init__()
+        self.fc1 = Linear(features, hidden)
+        self.fc2 = Linear(hidden, features)
+        self.dropout = nn.Dropout(dropout_rate)
+        self.approximate = {"tanh": "tanh", "exact": "none"}[gelu]  # the released weights were trained with tanh
+
+    def forward(self, x: Tensor, *, tap: Tap) -> Tensor:
+        x = tap("dense_0", self.fc1(x))
+        x = tap("gelu", F.gelu(x, approximate=self.approximate))
+        x = self.dropout(x)
+        x = tap("dense_1", self.fc2(x))
+        return self.dropout(x)
+
+
+class StochasticDepth(nn.Module):
+    """Drops a residual branch (b, n, c) for whole images; `rescale` divides what is kept by the share that is kept."""
+
+    def __init__(self, rate: float, *, rescale: bool):
+        super().__init__()
+        self.rate, self.rescale = rate, rescale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        keep = 1 - self.rate
+        kept = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep)
+        return x * (kept / keep if self.rescale else kept)
+
+
+class MixerBlock(nn.Module):
+    """Mixes tokens, then channels, each with a residual connection: (b, n, c) -> (b, n, c)."""
+
+    def __init__(self, config: MixerConfig, *, dropout_rate: float, stochastic_depth_rate: float, rescale: bool):
+        super().__init__()
+        mlp = partial(MlpBlock, gelu=config.gelu, dropout_rate=dropout_rate)
+        self.norm1 = LayerNorm(config.hidden_dim, eps=config.layer_norm_epsilon)
+        self.mlp_tokens = mlp(config.num_tokens, config.tokens_mlp_dim)
+        self.norm2 = LayerNorm(config.hidden_dim, eps=config.layer_norm_epsilon)
+        self.mlp_channels = mlp(config.hidden_dim, config.channels_mlp_dim)
+        self.stochastic_depth = StochasticDepth(stochastic_depth_rate, rescale=rescale)
+
+    def forward(self, x: Tensor, *, tap: Tap = identity) -> Tensor:
+        y = rearrange(tap("token_norm", self.norm1(x)), "b n c -> b c n")
+        y = rearrange(self.mlp_tokens(y, tap=_under("token_mixing", tap)), "b c n -> b n c")
+        x = tap("token_mixing/sum", x + self.stochastic_depth(y))
+        y = self.mlp_channels(tap("channel_norm", self.norm2(x)), tap=_under("channel_mixing", tap))
+        return tap("channel_mixing/sum", x + self.stochastic_depth(y))
+
+
+class MlpMixer(nn.Module):
+    """Images (b, channels, h, w) -> logits (b, classes), or features (b, hidden) if the config has no classes.
+
+    Options as in `mixer_jax.MlpMixer`, with PyTorch's dtypes; dropout and stochastic depth draw from PyTorch's global
+    generator. `precision` ("highest", "high", "default") sets the TF32 switches of CUDA for the time of a forward pass:
+    "highest" is full float32, the others allow TF32, None leaves them alone.
+
+    Raises ValueError for images of another shape or of integers, and for float64 images of a model that is not float64.
+    """
+
+    labels: tuple[str, ...] | None = None
+    preprocessing: str | None = None
+
+    def __init__(
+        self,
+        config: MixerConfig,
+        *,
+        dropout_rate: float = 0.0,
+        stochastic_depth_rate: float = 0.0,
+        rescale: bool = True,
+        dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype = torch.float32,
+        precision: str | None = None,
+    ):
+        super().__init__()
+        for name, rate in (("dropout_rate", dropout_rate), ("stochastic_depth_rate", stochastic_depth_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {rate}")
+        if precision not in (None, *PRECISIONS):
+            raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}, not {precision!r}")
+        block = partial(MixerBlock, config, dropout_rate=dropout_rate, rescale=rescale)
+        rates = torch.linspace(0, stochastic_depth_rate, config.num_blocks, device="cpu").tolist()
+        self.config = config
+        self.stem = Stem(config, dtype=dtype)
+        self.blocks = nn.ModuleList(block(stochastic_depth_rate=rate) for rate in rates)
+        self.norm = LayerNorm(config.hidden_dim, eps=config.layer_norm_epsilon)
+        self.head = Linear(config.hidden_dim, config.num_classes) if config.num_classes else None
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+        self.precision = precision
+        self.to(param_dtype)
+
+    def forward(self, images: Tensor, *, tap: Tap = identity) -> Tensor:
+        x = self.features(images, tap=tap)
+        with switches(self.precision):
+            return x if self.head is None else tap("head", self.head(x))
+
+    def features(self, images: Tensor, *, tap: Tap = identity) -> Tensor:
+        """What the head sees: the mean over tokens of the normalised output, (b, hidden)."""
+        self._check(images)
+        with switches(self.precision):
+            x = tap("stem", self.stem(images))
+            for i, block in enumerate(self.blocks):
+                x = block(x, tap=_under(f"blocks/{i}", tap))
+            x = tap("pre_head_norm", self.norm(x))
+            return tap("mean", x.mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32)))
+
+    def _check(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images must be a torch.Tensor, not {type(images).__name__}: use torch.from_numpy")
+        check_images(images.shape, _name(images.dtype), self.config, axes="b c h w")
+        if images.dtype == torch.float64 and self.stem.proj.weight.dtype != torch.float64:
+            raise ValueError("these images are float64 and the weights are not: use images.float(), or model.double() too")
+
+
+def lecun_normal_(weight: Tensor) -> Tensor:
+    """Fill with a normal distribution of variance 1 / fan-in, cut at two standard deviations, as jax.nn.initializers does."""
+    fan_in = weight[0].numel()
+    deviation = fan_in**-0.5 / 0.87962566103423978  # that of a standard normal cut at 2
+    return nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+
+
+PRECISIONS = {"highest": "ieee", "high": "tf32", "default": "tf32"}
+
+
+@contextlib.contextmanager
+def switches(precision: str | None) -> Iterator[None]:
+    """CUDA's TF32 switches as a precision says, and back as they were."""
+    if precision is None:
+        yield
+        return
+    owners = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [owner.fp32_precision for owner in owners]
+    try:
+        for owner in owners:
+            owner.fp32_precision = PRECISIONS[precision]
+        yield
+    finally:
+        for owner, value in zip(owners, before):
+            owner.fp32_precision = value
+
+
+def _under(prefix: str, tap: Tap) -> Tap:
+    return tap if tap is identity else lambda name, array: tap(f"{prefix}/{name}", array)
+
+
+def load(
+    source: pretrained.Source,
+    *,
+    variant: str | None = None,
+    num_classes: int | None = None,
+    num_blocks: int | None = None,
+    image_size: int | Size | None = None,
+    gelu: Gelu | None = None,
+    layer_norm_epsilon: float | None = None,
+    allow_nonfinite: bool = False,
+    dropout_rate: float = 0.0,
+    stochastic_depth_rate: float = 0.0,
+    rescale: bool = True,
+    dtype: torch.dtype | None = None,
+    param_dtype: torch.dtype | None = None,
+    precision: str | None = None,
+    device: torch.device | str | None = None,
+) -> MlpMixer:
+    """A PyTorch model with a checkpoint's weights, in eval mode; options as in `mixer_jax.load`, with PyTorch's dtypes.
+
+    Raises CheckpointError for anything about the file that does not fit, naming every fault.
+    """
+    checkpoint = read(
+        source,
+        variant=variant,
+        num_classes=num_classes,
+        num_blocks=num_blocks,
+        image_size=image_size,
+        gelu=gelu,
+        layer_norm_epsilon=layer_norm_epsilon,
+        dtype=None if param_dtype is None else _name(param_dtype),
+        allow_nonfinite=allow_nonfinite,
+    ).to("timm")
+    with torch.device("meta"):
+        model = MlpMixer(
+            checkpoint.config,
+            dropout_rate=dropout_rate,
+            stochastic_depth_rate=stochastic_depth_rate,
+            rescale=rescale,
+            dtype=dtype,
+            param_dtype=getattr(torch, checkpoint.dtype.name),
+            precision=precision,
+        )
+    wanted = {name: (tuple(tensor.shape), _name(tensor.dtype)) for name, tensor in model.state_dict().items()}
+    pretrained.require_same(checkpoint.arrays, wanted, checkpoint.source)
+    # Cloned: the array may be somebody's or a file's, and models are written to.
+    state = {name: to_torch(array).to(device, copy=True) for name, array in checkpoint.arrays.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    model.labels, model.preprocessing = checkpoint.metadata.labels, checkpoint.metadata.preprocessing
+    return model.eval()
+
+
+def save(
+    model: MlpMixer,
+    path: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> None:
+    """Write a PyTorch model's weights with its numerics, grid, labels and preprocessing, as `mixer_jax.save` does."""
+    write(path, to_checkpoint(model), layout=layout or usual_layout(path), dtype=dtype, force=force)
+
+
+def to_checkpoint(model: MlpMixer) -> Checkpoint:
+    """A PyTorch model's weights, with all that makes them a function. Shares their memory where it can."""
+    arrays = {name: from_torch(tensor) for name, tensor in model.state_dict().items()}
+    return Checkpoint.of_model(arrays, "timm", model.config, labels=model.labels, preprocessing=model.preprocessing)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
