@@ -82,6 +82,7 @@ class Checkpoint:
     layout: Layout
     metadata: Metadata
     source: str = "these arrays"
+    stated: frozenset[str] = frozenset()  # the entries of metadata that a file stated itself
 
     def __post_init__(self) -> None:
         _ = self.sizes, self.dtype
@@ -93,7 +94,7 @@ class Checkpoint:
     def from_arrays(cls, arrays: Arrays, *, said: Mapping[str, Any] | None = None, source: str = "these arrays") -> Self:
         """Of arrays by name, in whatever layout they are; `said` has entries of Metadata, the layout gives the others."""
         layout = mapping.detect(arrays.keys())
-        return cls(arrays, layout, Metadata.default(layout).updated(said or {}), source)
+        return cls(arrays, layout, Metadata.default(layout).updated(said or {}), source, frozenset(said or ()))
 
     @classmethod
     def of_model(
@@ -126,6 +127,10 @@ class Checkpoint:
                 + f" ({example}: {rarest})"
             )
         return next(iter(found))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(array.shape) for array in self.arrays.values())
 
     @cached_property
     def config(self) -> MixerConfig:
