@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from . import containers
-from .checkpoint import Checkpoint, read, write
-from .cli import add_reading_options, guarded
+from .checkpoint import Checkpoint, write
+from .cli import add_reading_options, guarded, read_asked
 from .errors import CheckpointError
 from .layouts import ALIASES, LAYOUTS, layout_named
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(arguments: argparse.Namespace) -> None:
     source, target = COMMANDS[arguments.command]
-    checkpoint = _read(arguments)
+    checkpoint = read_asked(arguments)
     if checkpoint.layout.name != source:
         right = [name for name, pair in COMMANDS.items() if pair == (checkpoint.layout.name, target)]
         raise CheckpointError(
@@ -46,24 +46,13 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def inspect(arguments: argparse.Namespace) -> None:
     arguments.allow_nonfinite = True  # they are counted, not refused
-    checkpoint = _read(arguments)
+    checkpoint = read_asked(arguments)
     facts = _facts(checkpoint, Path(arguments.source))
     if arguments.json:
         print(json.dumps(facts))
     else:
         for name, value in facts.items():
             print(f"{name:<20}{value}")
-
-
-def _read(arguments: argparse.Namespace) -> Checkpoint:
-    return read(
-        arguments.source,
-        variant=arguments.variant,
-        num_blocks=arguments.blocks,
-        image_size=arguments.image_size,
-        dtype=arguments.dtype,
-        allow_nonfinite=arguments.allow_nonfinite,
-    )
 
 
 def _told(checkpoint: Checkpoint, target: str) -> list[str]:
@@ -81,7 +70,9 @@ def _told(checkpoint: Checkpoint, target: str) -> list[str]:
             + (f"; {remedy} makes them equal" if remedy else "")
         )
     if metadata.layer_norm_epsilon != layout.layer_norm_epsilon:
-        lines.append(f"{layout.name}'s own code uses epsilon {layout.layer_norm_epsilon:g}: set {metadata.layer_norm_epsilon:g}")
+        lines.append(
+            f"{layout.name}'s own code uses epsilon {layout.layer_norm_epsilon:g}: set {metadata.layer_norm_epsilon:g}"
+        )
     return lines
 
 

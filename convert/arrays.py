@@ -68,10 +68,11 @@ def stacked(items: list[Array]) -> Array:
 
 def unstacked(array: Array) -> list[Array]:
     """The items along the first axis, each read alone."""
-    return [
-        LazyArray(array.shape[1:], array.dtype, lambda i, row=row: _item(np.asarray(array[row]), i))
-        for row in range(array.shape[0])
-    ]
+
+    def item(row: int) -> Array:
+        return LazyArray(array.shape[1:], array.dtype, lambda i: _item(np.asarray(array[row]), i))
+
+    return [item(row) for row in range(array.shape[0])]
 
 
 def changed(array: Array, dtype: np.dtype, change: Callable[[np.ndarray], np.ndarray]) -> Array:

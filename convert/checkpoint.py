@@ -41,16 +41,15 @@ class Metadata:
     @classmethod
     def default(cls, layout: Layout) -> Self:
         """What holds for a file that says nothing: what the code that owns its names computes."""
-        return cls(
-            gelu=layout.gelu, layer_norm_epsilon=layout.layer_norm_epsilon, preprocessing=layout.preprocessing
-        )
+        return cls(gelu=layout.gelu, layer_norm_epsilon=layout.layer_norm_epsilon, preprocessing=layout.preprocessing)
 
     def updated(self, said: Mapping[str, Any]) -> Self:
         """This with the entries that a file has. Raises CheckpointError for what is not understood."""
         if not isinstance(said, Mapping) or (unknown := said.keys() - self.said().keys()):
             what = ", ".join(sorted(map(str, unknown))) if isinstance(said, Mapping) else repr(said)
             raise CheckpointError(f"metadata that is not understood (written by a newer version?): {what}")
-        new = dataclasses.replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
+        entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+        new = dataclasses.replace(self, **entries)
         labels, size = new.labels, new.image_size
         faults = {
             "gelu": new.gelu not in get_args(Gelu),
@@ -98,7 +97,13 @@ class Checkpoint:
 
     @classmethod
     def of_model(
-        cls, arrays: Arrays, layout: str, config: MixerConfig, *, labels: Sequence[str] | None, preprocessing: str | None
+        cls,
+        arrays: Arrays,
+        layout: str,
+        config: MixerConfig,
+        *,
+        labels: Sequence[str] | None,
+        preprocessing: str | None,
     ) -> Self:
         """Of a model's parameters, in the layout of its framework."""
         metadata = Metadata(
@@ -145,7 +150,8 @@ class Checkpoint:
                     f"{tokens} tokens of {patch[0]}x{patch[1]} pixels are no square grid: say image_size (--image-size HxW)"
                 )
             raise CheckpointError(
-                f"image size {size[0]}x{size[1]} does not fit: the weights are for {tokens} patches of {patch[0]}x{patch[1]} pixels"
+                f"image size {size[0]}x{size[1]} does not fit: the weights are for {tokens} patches "
+                f"of {patch[0]}x{patch[1]} pixels"
             )
         return MixerConfig(
             patch_size=patch,

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from .checkpoint import Checkpoint, read
 from .config import Size, variant_sizes
 from .dtypes import WEIGHTS
 from .errors import CheckpointError
@@ -37,6 +38,18 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", type=variant, metavar="B/16", help="refuse any other")
     parser.add_argument("--dtype", choices=WEIGHTS, help="round to it, to nearest even; needed for float64")
     parser.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinity for values")
+
+
+def read_asked(arguments: argparse.Namespace) -> Checkpoint:
+    """The checkpoint `arguments.source` with the options of `add_reading_options`."""
+    return read(
+        arguments.source,
+        variant=arguments.variant,
+        num_blocks=arguments.blocks,
+        image_size=arguments.image_size,
+        dtype=arguments.dtype,
+        allow_nonfinite=arguments.allow_nonfinite,
+    )
 
 
 def size(text: str) -> Size:

@@ -10,10 +10,10 @@ Gelu = Literal["tanh", "exact"]
 Size = tuple[int, int]
 
 VARIANTS: dict[str, dict[str, int]] = {  # paper, table 1
-    "S": dict(num_blocks=8, hidden_dim=512, tokens_mlp_dim=256, channels_mlp_dim=2048),
-    "B": dict(num_blocks=12, hidden_dim=768, tokens_mlp_dim=384, channels_mlp_dim=3072),
-    "L": dict(num_blocks=24, hidden_dim=1024, tokens_mlp_dim=512, channels_mlp_dim=4096),
-    "H": dict(num_blocks=32, hidden_dim=1280, tokens_mlp_dim=640, channels_mlp_dim=5120),
+    "S": {"num_blocks": 8, "hidden_dim": 512, "tokens_mlp_dim": 256, "channels_mlp_dim": 2048},
+    "B": {"num_blocks": 12, "hidden_dim": 768, "tokens_mlp_dim": 384, "channels_mlp_dim": 3072},
+    "L": {"num_blocks": 24, "hidden_dim": 1024, "tokens_mlp_dim": 512, "channels_mlp_dim": 4096},
+    "H": {"num_blocks": 32, "hidden_dim": 1280, "tokens_mlp_dim": 640, "channels_mlp_dim": 5120},
 }
 
 
@@ -42,11 +42,11 @@ class MixerConfig:
         faults = []
         for name in ("patch_size", "image_size"):
             object.__setattr__(self, name, as_size(getattr(self, name), name))
-        least = dict(num_classes=0, num_blocks=1, hidden_dim=1, tokens_mlp_dim=1, channels_mlp_dim=1, in_channels=1)
-        for name, at_least in least.items():
+        sizes = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "in_channels")
+        for name, least in [(name, 1) for name in sizes] + [("num_classes", 0)]:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < at_least:
-                faults.append(f"{name} must be a whole number of at least {at_least}, not {value!r}")
+            if not isinstance(value, int) or value < least:
+                faults.append(f"{name} must be a whole number of at least {least}, not {value!r}")
         if any(pixels % patch for pixels, patch in zip(self.image_size, self.patch_size)):
             faults.append(f"image_size {_x(self.image_size)} is not a whole number of {_x(self.patch_size)} patches")
         if self.gelu not in get_args(Gelu):

@@ -18,7 +18,7 @@ class OpenFile:
     """A file opened once for reading at positions; safe across threads, closed with its last user."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the finalizer below
         self._lock = threading.Lock()
         weakref.finalize(self, self._file.close)
         self.size = os.fstat(self._file.fileno()).st_size

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from convert import MixerConfig
 
 from .model import MlpMixer
+from .parity import agreement
 
 # Chosen by `python -m mixer_jax demo --validate`, which never sees the held-out fifth.
 CONFIG = MixerConfig(
@@ -89,3 +90,65 @@ def moved(images: jax.Array, key: jax.Array) -> jax.Array:
     offsets = jax.random.randint(key, (b, 2), 0, 3)
     cut = jax.vmap(lambda image, offset: jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (h, w, c)))
     return cut(padded, offsets)
+
+
+def convert_and_compare(weights: Path, folder: Path, held_out: Digits | None) -> None:
+    """`python -m convert npz2torch` as a person runs it, then both models from their files, side by side."""
+    from . import pretrained
+
+    target = folder / f"{weights.stem}.pt"
+    print(f"$ python -m convert npz2torch {weights} {target} --force", flush=True)
+    subprocess.run([sys.executable, "-m", "convert", "npz2torch", weights, target, "--force"], check=True)
+    config = pretrained.load(weights).config
+    images, labels = held_out if held_out else (noise(config), None)
+    logits = {dtype: both(weights, target, images, dtype) for dtype in ("float32", "float64")}
+
+    if labels is not None:
+        print(f"\naccuracy on {len(labels)} held-out digits")
+        for side, name in enumerate(("Flax", "PyTorch")):
+            print(f"  {name:<8} {(logits['float32'][side].argmax(axis=1) == labels).mean():8.2%}")
+    print(f"\nparity on {len(images)} {'digits' if held_out else 'images of seeded noise'}, Flax against PyTorch, CPU")
+    print(f"  {'':<8} {'largest difference':>19} {'of largest logit':>17} {'same class':>11}")
+    for dtype, (flax, torch) in logits.items():
+        a = agreement(flax, torch)
+        print(f"  {dtype:<8} {a.largest:19.2e} {a.largest / a.scale:17.2e} {a.same_class:11.2%}")
+
+
+def both(weights: Path, converted: Path, images: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the Flax model of one file and the PyTorch model of the other, computed in a dtype at full precision."""
+    import torch
+
+    from . import pretrained, torch_model
+
+    with jax.enable_x64(dtype == "float64"):
+        model = pretrained.load(weights, param_dtype=dtype, precision="highest")
+        flax = np.asarray(nnx.jit(lambda model, images: model(images))(model, images.astype(dtype)))
+    twin = torch_model.load(converted, param_dtype=getattr(torch, dtype), precision="highest")
+    with torch.inference_mode():
+        other = twin(torch.from_numpy(rearrange(images.astype(dtype), "b h w c -> b c h w").copy())).numpy()
+    return flax, other
+
+
+def noise(config: MixerConfig) -> np.ndarray:
+    """Four images of seeded noise in [-1, 1]."""
+    shape = (4, *config.image_size, config.in_channels)
+    return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+
+
+def run(weights: Path | None, folder: Path, *, validate: bool) -> None:
+    """The demo, from a released file or from training; writes into `folder`."""
+    from . import pretrained
+
+    held_out = None
+    if weights is None or validate:
+        training, held_out = digits(validate=validate)
+        model = train(training)
+        if validate:
+            print(f"accuracy on the validation part: {(np.asarray(model(held_out[0])).argmax(1) == held_out[1]).mean():.2%}")
+            return
+        folder.mkdir(exist_ok=True)
+        weights = folder / "digits.npz"
+        pretrained.save(model, weights, force=True)
+        print(f"saved {weights} in Google's layout")
+    folder.mkdir(exist_ok=True)
+    convert_and_compare(weights, folder, held_out)

@@ -6,7 +6,7 @@ from convert import MixerConfig
 
 
 def check_images(shape: Sequence[int], dtype: str, config: MixerConfig, *, axes: str) -> None:
-    """Raise ValueError, saying what to do, unless images have the model's size, axes ("b h w c" or "b c h w") and float values."""
+    """Raise ValueError, saying what to do, unless images fit the model in size, axes ("b h w c", "b c h w") and dtype."""
     h, w, c = (*config.image_size, config.in_channels)
     sizes = {"b": "batch", "h": h, "w": w, "c": c}
     wanted, found = tuple(sizes[axis] for axis in axes.split()), tuple(shape)

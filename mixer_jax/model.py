@@ -124,9 +124,16 @@ class MixerBlock(nnx.Module):
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        numbers = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        norm = partial(_layer_norm, config, **numbers)
-        mlp = partial(MlpBlock, gelu=config.gelu, dropout_rate=dropout_rate, precision=precision, **numbers)
+        norm = partial(_layer_norm, config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        mlp = partial(
+            MlpBlock,
+            gelu=config.gelu,
+            dropout_rate=dropout_rate,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            rngs=rngs,
+        )
         self.token_norm = norm()
         self.token_mixing = mlp(config.num_tokens, config.tokens_mlp_dim)
         self.channel_norm = norm()
@@ -177,14 +184,19 @@ class MlpMixer(nnx.Module):
         for name, asked in (("dtype", dtype), ("param_dtype", param_dtype)):
             if asked is not None:
                 _require_x64(jnp.dtype(asked), f"{name}=float64")
-        numbers = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        block = partial(MixerBlock, config, dropout_rate=dropout_rate, rescale=rescale, precision=precision)
-        self.config = config
-        self.stem = Stem(config, precision=precision, **numbers)
-        self.blocks = nnx.vmap(lambda rngs: block(dtype=dtype, param_dtype=param_dtype, rngs=rngs))(
-            rngs.split(config.num_blocks)
+        block = partial(
+            MixerBlock,
+            config,
+            dropout_rate=dropout_rate,
+            rescale=rescale,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
         )
-        self.pre_head_norm = _layer_norm(config, **numbers)
+        self.config = config
+        self.stem = Stem(config, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
+        self.blocks = nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(config.num_blocks))
+        self.pre_head_norm = _layer_norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         head = partial(nnx.Linear, kernel_init=nnx.initializers.zeros_init(), param_dtype=param_dtype, precision=precision)
         self.head = head(config.hidden_dim, config.num_classes, rngs=rngs) if config.num_classes else None
         self.dropout_rate, self.stochastic_depth_rate = dropout_rate, stochastic_depth_rate
@@ -229,9 +241,15 @@ class MlpMixer(nnx.Module):
         return jnp.asarray(images)
 
 
-def _layer_norm(config: MixerConfig, **numbers) -> nnx.LayerNorm:
-    # The two-pass variance: E[x^2] - E[x]^2 loses all digits where the mean is large.
-    return nnx.LayerNorm(config.hidden_dim, epsilon=config.layer_norm_epsilon, use_fast_variance=False, **numbers)
+def _layer_norm(config: MixerConfig, *, dtype: DTypeLike | None, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_dim,
+        epsilon=config.layer_norm_epsilon,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses all digits where the mean is large
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
 
 
 def _through_block(x: Array, block: MixerBlock, rate: Array, key: Array | None) -> Array:
@@ -248,5 +266,5 @@ def _under(prefix: str, tap: Tap) -> Tap:
 
 
 def _require_x64(dtype: np.dtype, what: str) -> None:
-    if dtype == np.float64 and not jax.config.jax_enable_x64:
+    if dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise ValueError(f"{what} needs 64-bit JAX: make, load and call the model `with jax.enable_x64(True):`, or use float32")

@@ -84,7 +84,9 @@ def load(
         )
     )
     wanted = {"/".join(path): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    require_same(checkpoint.arrays, {name: (param.shape, param.dtype.name) for name, param in wanted.items()}, checkpoint.source)
+    require_same(
+        checkpoint.arrays, {name: (param.shape, param.dtype.name) for name, param in wanted.items()}, checkpoint.source
+    )
     for name, param in wanted.items():
         place = sharding(name, param.shape) if callable(sharding) else sharding
         # Never an alias: the array may be somebody's, and models are written to.

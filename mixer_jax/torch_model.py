@@ -41,6 +41,19 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
+class Projection(nn.Conv2d):
+    """A convolution in the dtype of its input; LeCun normal like Google's."""
+
+    bias: nn.Parameter
+
+    def reset_parameters(self) -> None:
+        lecun_normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), stride=self.stride)
+
+
 class LayerNorm(nn.LayerNorm):
     """Over the channels, in the dtype of its input."""
 
@@ -53,16 +66,12 @@ class Stem(nn.Module):
 
     def __init__(self, config: MixerConfig, *, dtype: torch.dtype | None):
         super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_dim, config.patch_size, config.patch_size)
-        lecun_normal_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        self.proj = Projection(config.in_channels, config.hidden_dim, config.patch_size, config.patch_size)
         self.dtype = dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        weight, bias = self.proj.weight, self.proj.bias
-        dtype = self.dtype or torch.promote_types(images.dtype, weight.dtype)
-        grid = F.conv2d(images.to(dtype), weight.to(dtype), bias.to(dtype), stride=self.proj.stride)
-        return rearrange(grid, "b o gh gw -> b (gh gw) o")
+        dtype = self.dtype or torch.promote_types(images.dtype, self.proj.weight.dtype)
+        return rearrange(self.proj(images.to(dtype)), "b o gh gw -> b (gh gw) o")
 
 
 class MlpBlock(nn.Module):
@@ -199,7 +208,7 @@ def switches(precision: str | None) -> Iterator[None]:
     if precision is None:
         yield
         return
-    owners = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    owners = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [owner.fp32_precision for owner in owners]
     try:
         for owner in owners:

@@ -60,7 +60,9 @@ def for_writing(path: Path) -> str:
         return ENDINGS[path.suffix]
     except KeyError:
         known = ", ".join(ending for ending in ENDINGS if ending)
-        raise CheckpointError(f"{path}: no format has the ending {path.suffix!r}: {known}, or none for an Orbax folder") from None
+        raise CheckpointError(
+            f"{path}: no format has the ending {path.suffix!r}: {known}, or none for an Orbax folder"
+        ) from None
 
 
 def module(name: str) -> ModuleType:

@@ -18,12 +18,9 @@ from ..errors import CheckpointError
 from ..files import OpenFile
 from . import Content
 
-# fmt: off
-DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
-}
-# fmt: on
+DTYPES = {"BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "C64": "complex64", "BOOL": "bool"}
+DTYPES |= {f"F{bits}": f"float{bits}" for bits in (16, 32, 64)}
+DTYPES |= {f"{sign}{bits}": f"{kind}{bits}" for sign, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
 LONGEST_HEADER = 100_000_000  # the library's own limit
 
 
