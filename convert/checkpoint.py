@@ -334,7 +334,8 @@ def write(
     # Google's files say nothing, so an .npz of ours says only what saying nothing would not mean.
     said = checkpoint.metadata.said(beyond=Metadata.default(checkpoint.layout) if name == "npz" else None)
     arrays = _counting(checkpoint.arrays, progress)
-    with whole_or_nothing(path, force=force) as written:
+    size = checkpoint.num_parameters * checkpoint.dtype.itemsize
+    with whole_or_nothing(path, size=size, force=force) as written:
         format.write(written, arrays, said)
         back = format.read(written)
         wrong = sorted(arrays.keys() ^ back.arrays.keys())

@@ -37,15 +37,18 @@ class OpenFile:
 
 
 @contextlib.contextmanager
-def whole_or_nothing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+def whole_or_nothing(path: str | os.PathLike[str], *, size: int, force: bool = False) -> Iterator[Path]:
     """A name to write a file or a folder under, which becomes `path` at the end of the block, or vanishes.
 
-    The name lies in a temporary folder beside `path`, so the last step is one rename; the content has reached the disk
+    Refused at once where the disk has no room for `size` bytes. The name lies in a temporary folder beside `path`, so the last step is one rename; the content has reached the disk
     by then. Without `force` an existing `path` is an error, also one that appears meanwhile. With `force` a file takes
     a file's place, and a folder the place of another Orbax checkpoint, never that of any other folder.
     """
     path = Path(path)
     check_writable(path, force=force)
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise CheckpointError(f"{path}: needs {size / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left")
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         written = scratch / path.name

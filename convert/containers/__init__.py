@@ -38,6 +38,8 @@ def for_reading(path: Path) -> str:
         start = file.read(512)
     if not start:
         raise CheckpointError("an empty file")
+    if start[7:9] == b"\0{":  # the end of a length that fits into a file, and JSON
+        return "safetensors"
     if start.lstrip()[:1] == b"<":
         raise CheckpointError("a web page (HTML or XML), not a checkpoint: the download did not give the file")
     if start.startswith(b"PK"):
@@ -47,8 +49,6 @@ def for_reading(path: Path) -> str:
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
             raise CheckpointError(f"a truncated or damaged zip file ({error}): fetch or write it again") from None
         return "pt" if any(name.endswith("/data.pkl") for name in names) else "npz"
-    if start[8:9] == b"{":
-        return "safetensors"
     if start.startswith(b"\x80"):
         raise CheckpointError("a bare pickle, which is never loaded: in PyTorch 1.6 or later, torch.save the state_dict")
     raise CheckpointError("neither .npz, .safetensors, .pt nor an Orbax folder")

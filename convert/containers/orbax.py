@@ -1,6 +1,8 @@
 """An Orbax folder: the item `params`, a tree whose paths are the names split at "/", and the JSON item `metadata`."""
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,13 @@ def read(path: Path) -> Content:
     if not (path / "params").is_dir():
         raise CheckpointError("an Orbax checkpoint without the item 'params': save the parameters under that name")
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             items = {"params": ocp.args.StandardRestore()}
             if (path / "metadata").is_dir():
                 items["metadata"] = ocp.args.JsonRestore()
             restored = checkpointer.restore(path, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise whatever was underneath
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"Orbax cannot restore it: {reason}") from None
+        raise CheckpointError(f"Orbax cannot restore it: {_reason(error)}") from None
     arrays = {name: np.asarray(array) for name, array in _flat(restored["params"])}
     return Content(arrays, restored.get("metadata"))
 
@@ -42,8 +43,27 @@ def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] |
             node = node.setdefault(folder, {})
         node[leaf] = np.asarray(array)
     items = ocp.args.Composite(params=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(dict(metadata or {})))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path.absolute(), args=items)
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(path.absolute(), args=items)
+    except Exception as error:
+        raise CheckpointError(f"Orbax cannot write it: {_reason(error)}") from None
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[ocp.Checkpointer]:
+    """A Checkpointer that says what is wrong by its exception, and not in the log besides."""
+    log = logging.getLogger("absl")
+    before, log.disabled = log.disabled, True
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            yield checkpointer
+    finally:
+        log.disabled = before
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:

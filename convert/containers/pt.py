@@ -36,7 +36,7 @@ def read(path: Path) -> Content:
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"torch.load(weights_only=True) refuses it, and nothing else is tried: {reason}") from None
-    if not isinstance(state, Mapping) or not state:
+    if not isinstance(state, Mapping):
         raise CheckpointError(f"holds a {type(state).__name__}, not a state_dict")
     others = [str(name) for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
     if others:
@@ -50,7 +50,10 @@ def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] |
     said = {"mixer_jax": dict(metadata)} if metadata else {}
     state._metadata = collections.OrderedDict({"": {"version": 1}} | said)  # type: ignore[attr-defined]
     with open(path, "wb") as file:  # a Python file, so that a full disk is an OSError and not a C++ one
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # of closing the zip, after what really happened
+            raise error.__context__ or error from None
 
 
 def from_torch(tensor: "torch.Tensor") -> LazyArray:

@@ -1,0 +1,319 @@
+"""Mapping and files: what only moves numbers moves every bit."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import TINY, random_weights
+
+import convert
+from convert import Checkpoint, CheckpointError, MixerConfig
+from convert.arrays import LazyArray
+from convert.layouts import LAYOUTS, MODULES
+
+ENDINGS = [".npz", ".safetensors", pytest.param(".pt", marks=pytest.mark.torch), ""]
+endings = pytest.mark.parametrize("ending", ENDINGS)
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def saved(path, arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def equal(a, b) -> bool:
+    """Same names, dtypes, shapes and bits."""
+    assert a.keys() == b.keys()
+    pairs = [(np.asarray(a[name]), np.asarray(b[name])) for name in a]
+    return all(x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in pairs)
+
+
+def test_every_column_has_every_module_and_two_leaves_a_kind():
+    kinds = {kind for kind, _, _ in MODULES.values()}
+    for layout in LAYOUTS.values():
+        assert list(layout.modules) == list(MODULES)
+        assert layout.leaves.keys() == kinds
+        assert all(len(leaves) == 2 for leaves in layout.leaves.values())
+        assert len(set(layout.modules.values())) == len(MODULES)
+
+
+@endings
+@layouts
+def test_npz_to_any_layout_and_format_and_back_is_the_same_file(tmp_path, golden, layout, ending):
+    there, back = tmp_path / f"there{ending}", tmp_path / "back.npz"
+    convert.write(there, convert.read(golden.weights_file), layout=layout)
+    convert.write(back, convert.read(there), layout="google")
+    assert back.read_bytes() == golden.weights_file.read_bytes()
+
+
+@endings
+@layouts
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_every_dtype_goes_through_every_layout_and_format(tmp_path, layout, ending, dtype):
+    weights = Checkpoint.from_arrays(random_weights(TINY)).astype(dtype)
+    convert.write(tmp_path / f"w{ending}", weights, layout=layout)
+    back = convert.read(tmp_path / f"w{ending}", dtype=dtype)
+    assert back.dtype.name == dtype
+    assert back.layout.name == layout
+    assert equal(back.to("google").arrays, weights.arrays)
+
+
+def test_axes_go_where_the_layouts_say():
+    weights = random_weights(TINY)
+    timm = Checkpoint.from_arrays(weights).to("timm").arrays
+    stem, kernel = weights["stem/kernel"], weights["MixerBlock_1/token_mixing/Dense_0/kernel"]
+    assert np.array_equal(timm["stem.proj.weight"], np.moveaxis(stem, (0, 1, 2, 3), (2, 3, 1, 0)))
+    assert np.array_equal(timm["blocks.1.mlp_tokens.fc1.weight"], kernel.T)
+    flax = Checkpoint.from_arrays(weights).to("flax").arrays
+    assert np.array_equal(np.asarray(flax["blocks/token_mixing/dense_0/kernel"])[1], kernel)
+    assert flax["blocks/token_mixing/dense_0/kernel"].shape == (3, 20, 11)
+
+
+def test_blocks_are_ordered_by_number_and_not_by_name():
+    config = TINY.replace(num_blocks=12)
+    weights = random_weights(config)
+    scales = np.asarray(Checkpoint.from_arrays(weights).to("flax").arrays["blocks/token_norm/scale"])
+    for i in range(12):
+        assert np.array_equal(scales[i], weights[f"MixerBlock_{i}/LayerNorm_0/scale"])
+
+
+def test_nothing_is_read_before_it_is_asked_for():
+    reads = []
+
+    def lazy(name, array):
+        def read(index):
+            reads.append(name)
+            return array if index is None else array[index]
+
+        return LazyArray(array.shape, array.dtype, read)
+
+    weights = {name: lazy(name, array) for name, array in random_weights(TINY).items()}
+    flax = Checkpoint.from_arrays(weights).to("timm").to("flax").astype("float16").without_head().require_finite()
+    assert flax.sizes["num_classes"] == 0
+    assert not reads
+    np.asarray(flax.arrays["blocks/channel_norm/bias"])
+    assert reads == [f"MixerBlock_{i}/LayerNorm_1/bias" for i in range(3)]
+
+
+def test_verbs_change_no_argument():
+    weights = random_weights(TINY)
+    before = {name: array.copy() for name, array in weights.items()}
+    checkpoint = Checkpoint.from_arrays(weights)
+    other = checkpoint.astype("bfloat16").with_classes(9).to("flax").with_metadata(gelu="exact", labels=("x",) * 9)
+    _ = {name: np.asarray(array) for name, array in other.arrays.items()}
+    assert list(weights) == list(before)
+    assert equal(weights, before)
+    assert checkpoint.metadata.gelu == "tanh"
+    assert checkpoint.sizes["num_classes"] == 5
+
+
+def test_deflated_and_fortran_and_big_endian_arrays_are_read(tmp_path):
+    weights = random_weights(TINY)
+    np.savez_compressed(tmp_path / "deflated.npz", **weights)
+    saved(tmp_path / "fortran.npz", {name: np.asfortranarray(array) for name, array in weights.items()})
+    saved(tmp_path / "big.npz", {name: array.astype(">f4") for name, array in weights.items()})
+    for name in ("deflated", "fortran", "big"):
+        read = convert.read(tmp_path / f"{name}.npz")
+        assert equal(read.arrays, weights)
+        assert all(np.asarray(array).flags.c_contiguous for array in read.arrays.values())
+        flax = read.to("flax").to("google")  # reads item by item
+        assert equal(flax.arrays, weights)
+
+
+@pytest.mark.parametrize("name", ["B/16"])
+def test_a_synthetic_file_of_a_released_size_has_the_released_size(tmp_path, name):
+    has_released_size(tmp_path, name, 239_567_448)
+
+
+@pytest.mark.heavy
+def test_a_synthetic_l16_has_the_released_size(tmp_path):
+    has_released_size(tmp_path, "L/16", 832_874_440)
+
+
+def has_released_size(tmp_path, name, size):
+    from convert.layouts import GOOGLE
+    from convert.mapping import shapes
+
+    config = MixerConfig.named(name)
+    sizes = {k: getattr(config, k) for k in ("num_blocks", "num_classes", "in_channels", "hidden_dim", "num_tokens")}
+    sizes |= {k: getattr(config, k) for k in ("tokens_mlp_dim", "channels_mlp_dim")}
+    sizes |= {"patch_height": config.patch_size[0], "patch_width": config.patch_size[1]}
+    arrays = {
+        name: LazyArray(shape, np.dtype("float32"), lambda _, shape=shape: np.zeros(shape, "float32"))
+        for name, shape in shapes(GOOGLE, sizes).items()
+    }
+    checkpoint = Checkpoint.from_arrays(arrays)
+    assert checkpoint.config == config
+    convert.write(tmp_path / "synthetic.npz", checkpoint)
+    assert (tmp_path / "synthetic.npz").stat().st_size == size
+
+
+@endings
+@layouts
+def test_numerics_grid_preprocessing_and_labels_travel(tmp_path, ending, layout):
+    said = {
+        "gelu": "exact",
+        "layer_norm_epsilon": 3e-5,
+        "image_size": (8, 15),
+        "preprocessing": "squash",
+        "labels": ("a", "b", "ç", "d, e", "f"),
+    }
+    original = Checkpoint.from_arrays(random_weights(TINY)).with_metadata(**said)
+    convert.write(tmp_path / f"w{ending}", original, layout=layout)
+    back = convert.read(tmp_path / f"w{ending}")
+    assert back.metadata == original.metadata
+    assert back.stated >= said.keys() - {"gelu"}  # which an .npz leaves out where its layout's default says it
+    assert back.config == TINY.replace(gelu="exact", layer_norm_epsilon=3e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_that_says_nothing_has_its_layouts_numerics(tmp_path, layout):
+    weights = Checkpoint.from_arrays(random_weights(TINY)).to(layout)
+    saved(tmp_path / "w.npz", {name: np.asarray(array) for name, array in weights.arrays.items()})
+    read = convert.read(tmp_path / "w.npz")
+    assert read.metadata.gelu == {"google": "tanh", "flax": "tanh", "timm": "exact"}[layout]
+    assert not read.stated
+
+
+def test_an_npz_speaks_only_where_it_differs_from_googles(tmp_path, square):
+    google = convert.read(square.weights_file)
+    convert.write(tmp_path / "quiet.npz", google)
+    convert.write(tmp_path / "loud.npz", google.with_metadata(gelu="exact"))
+    with zipfile.ZipFile(tmp_path / "quiet.npz") as archive:
+        assert archive.comment == b""
+    with zipfile.ZipFile(tmp_path / "loud.npz") as archive:
+        assert json.loads(archive.comment) == {"mixer_jax": {"gelu": "exact"}}
+    with np.load(tmp_path / "loud.npz") as data:
+        assert len(data.files) == 30
+
+
+def test_a_zip_comment_of_somebody_elses_is_left_alone(tmp_path):
+    path = saved(tmp_path / "w.npz", random_weights(TINY))
+    for comment in (b"trained on a Tuesday", b"[1]", b'{"other": 1}'):
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.comment = comment
+        assert convert.read(path).metadata.gelu == "tanh"
+
+
+def test_too_many_labels_for_a_zip_comment_are_refused(tmp_path):
+    config = TINY.replace(num_classes=4000)
+    labels = tuple(f"a class with a long name, number {i}" for i in range(4000))
+    checkpoint = Checkpoint.from_arrays(random_weights(config)).with_metadata(labels=labels)
+    with pytest.raises(CheckpointError, match=r"the labels take \d+ bytes and an .npz has room for 65535: write .safetensors"):
+        convert.write(tmp_path / "w.npz", checkpoint)
+    assert not list(tmp_path.iterdir())
+    convert.write(tmp_path / "w.safetensors", checkpoint)
+    assert convert.read(tmp_path / "w.safetensors").metadata.labels == labels
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"gelu": "erf"}, "makes no sense: gelu 'erf'"),
+        ({"layer_norm_epsilon": -1.0}, "makes no sense: layer_norm_epsilon -1.0"),
+        ({"layer_norm_epsilon": "1e-6"}, "makes no sense: layer_norm_epsilon '1e-6'"),
+        ({"image_size": [8]}, "makes no sense: image_size"),
+        ({"labels": [1, 2, 3, 4, 5]}, "makes no sense: labels"),
+        ({"preprocessing": "mystery"}, "makes no sense: preprocessing 'mystery'"),
+        ({"gelu": "tanh", "attention": True}, "not understood .*: attention"),
+        ({"labels": ["a"]}, "1 labels for 5 classes"),
+        ({"image_size": [8, 16]}, None),  # found when the grid is needed
+    ],
+)
+def test_metadata_that_makes_no_sense_is_refused(tmp_path, said, message):
+    path = saved(tmp_path / "w.npz", random_weights(TINY))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = json.dumps({"mixer_jax": said}).encode()
+    if message is None:
+        with pytest.raises(CheckpointError, match="image size 8x16 does not fit: the weights are for 20 patches of 2x3"):
+            _ = convert.read(path).config
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            convert.read(path)
+
+
+def test_another_class_count_is_a_fresh_zero_head_and_said(tmp_path):
+    path = saved(tmp_path / "w.npz", random_weights(TINY))
+    with pytest.warns(UserWarning, match=r"w.npz: the head for 5 classes is now zeros for 9"):
+        read = convert.read(path, num_classes=9)
+    assert read.arrays["head/kernel"].shape == (7, 9)
+    assert not np.asarray(read.arrays["head/kernel"]).any()
+    rest = {name: array for name, array in read.arrays.items() if not name.startswith("head")}
+    assert equal(rest, {name: array for name, array in random_weights(TINY).items() if not name.startswith("head")})
+    assert convert.read(path, num_classes=5).arrays.keys() == random_weights(TINY).keys()
+    assert convert.read(path, num_classes=0).sizes["num_classes"] == 0
+
+
+def test_rounding_is_to_nearest_even_and_never_to_infinity():
+    weights = random_weights(TINY)
+    weights["head/bias"][:] = [1 + 2**-8, 1 + 3 * 2**-8, 0, -1.5, 3e38]
+    rounded = np.asarray(Checkpoint.from_arrays(weights).astype("bfloat16").arrays["head/bias"]).astype("float32")
+    assert rounded[:4].tolist() == [1, 1 + 2**-6, 0, -1.5]
+    weights["head/bias"][0] = 1e5
+    half = Checkpoint.from_arrays(weights).astype("float16")
+    with pytest.raises(CheckpointError, match="head/bias: too large for float16, some values would become infinite"):
+        np.asarray(half.arrays["head/bias"])
+
+
+@pytest.mark.torch
+def test_the_safetensors_library_reads_what_is_written_and_the_reverse(tmp_path, square):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    for dtype in ("float32", "bfloat16", "float16"):
+        weights = convert.read(square.weights_file).astype(dtype).to("timm")
+        convert.write(tmp_path / f"{dtype}.safetensors", weights)
+        theirs = load_file(tmp_path / f"{dtype}.safetensors")
+        save_file(theirs, tmp_path / f"theirs-{dtype}.safetensors")
+        assert equal(convert.read(tmp_path / f"theirs-{dtype}.safetensors").arrays, weights.arrays)
+        with safe_open(tmp_path / f"{dtype}.safetensors", "np") as file:
+            assert file.metadata()["format"] == "pt"
+
+
+@pytest.mark.torch
+def test_torch_loads_what_is_written_strictly_and_keeps_the_metadata(tmp_path, square):
+    import torch
+
+    from mixer_jax.torch_model import MlpMixer
+
+    convert.write(tmp_path / "w.pt", convert.read(square.weights_file), layout="timm")
+    state = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert state._metadata["mixer_jax"]["gelu"] == "tanh"
+    MlpMixer(square.config).load_state_dict(state, strict=True)
+
+
+def test_in_memory_arrays_of_any_layout_are_recognised():
+    weights = Checkpoint.from_arrays(random_weights(TINY))
+    for layout in LAYOUTS:
+        arrays = {name: np.asarray(array) for name, array in weights.to(layout).arrays.items()}
+        assert Checkpoint.from_arrays(arrays).layout.name == layout
+
+
+def test_an_ending_of_no_format_is_refused(tmp_path, square):
+    with pytest.raises(CheckpointError, match=r"no format has the ending '.h5': .npz, .safetensors, .pt, .pth, .orbax, or none"):
+        convert.write(tmp_path / "w.h5", convert.read(square.weights_file))
+
+
+def test_what_does_not_read_back_the_same_is_not_kept(tmp_path, square, monkeypatch):
+    from convert.containers import npz
+
+    def careless(path, arrays, metadata, write=npz.write):
+        write(path, {name: np.asarray(array) + (name == "head/bias") for name, array in arrays.items()}, metadata)
+
+    monkeypatch.setattr(npz, "write", careless)
+    with pytest.raises(CheckpointError, match="what was written does not read back the same: head/bias"):
+        convert.write(tmp_path / "w.npz", convert.read(square.weights_file))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_header_alone_says_shapes(tmp_path):
+    """Opening reads headers: a file whose data is damaged opens, and says so when the array is read."""
+    path = saved(tmp_path / "w.npz", random_weights(TINY))
+    data = bytearray(path.read_bytes())
+    wanted = random_weights(TINY)["stem/kernel"].tobytes()
+    data[data.index(wanted) + 5] ^= 1
+    path.write_bytes(data)
+    checkpoint = convert.read(path)
+    with pytest.raises(CheckpointError, match=r"w.npz: stem/kernel.npy: its bytes are not the ones that were written"):
+        np.asarray(checkpoint.arrays["stem/kernel"])
