@@ -16,7 +16,7 @@ test-heavy: .venv/installed  ## what takes minutes or gigabytes
 	$(BIN)/python -m pytest -m heavy
 
 test-latest: .venv-latest/installed  ## the newest JAX and Flax on the newest Python found, without PyTorch
-	$(LATEST)/python -m pytest
+	WITHOUT_TORCH=1 $(LATEST)/python -m pytest
 
 lint: .venv/installed
 	$(BIN)/ruff check .

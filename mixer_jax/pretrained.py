@@ -53,6 +53,7 @@ def load(
     """
     import jax
     import jax.numpy as jnp
+    import numpy as np
     from flax import nnx
 
     from .model import MlpMixer
@@ -89,8 +90,8 @@ def load(
     )
     for name, param in wanted.items():
         place = sharding(name, param.shape) if callable(sharding) else sharding
-        # Never an alias: the array may be somebody's, and models are written to.
-        wanted[name] = param.replace(jax.device_put(checkpoint.arrays[name].__array__(), place, may_alias=False))
+        # JAX keeps to a NumPy array's memory where it can, so it gets one of its own: the other may be somebody's.
+        wanted[name] = param.replace(jax.device_put(np.array(checkpoint.arrays[name], order="C"), place))
     nnx.update(model, nnx.from_flat_state([(tuple(name.split("/")), param) for name, param in wanted.items()]))
     model.seed(rngs or nnx.Rngs(0))
     model.labels, model.preprocessing = checkpoint.metadata.labels, checkpoint.metadata.preprocessing

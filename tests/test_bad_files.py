@@ -181,7 +181,7 @@ def test_what_is_not_there_or_no_file_is_refused(tmp_path):
 def test_a_file_cut_short_anywhere_is_refused(tmp_path, ending):
     whole = put(tmp_path / f"whole{ending}", random_weights(TINY)).read_bytes()
     cut = tmp_path / f"cut{ending}"
-    for length in [*range(0, 200), *range(200, len(whole), len(whole) // 60), *range(len(whole) - 100, len(whole))]:
+    for length in [*range(200), *range(200, len(whole), len(whole) // 60), *range(len(whole) - 100, len(whole))]:
         cut.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=f"^{cut}: "):
             read_all(convert.read(cut))

@@ -291,7 +291,9 @@ def test_in_memory_arrays_of_any_layout_are_recognised():
 
 
 def test_an_ending_of_no_format_is_refused(tmp_path, square):
-    with pytest.raises(CheckpointError, match=r"no format has the ending '.h5': .npz, .safetensors, .pt, .pth, .orbax, or none"):
+    with pytest.raises(
+        CheckpointError, match=r"no format has the ending '.h5': .npz, .safetensors, .pt, .pth, .orbax, or none"
+    ):
         convert.write(tmp_path / "w.h5", convert.read(square.weights_file))
 
 

@@ -135,9 +135,7 @@ def branch_share(side, *, rescale):
 
         from mixer_jax.model import StochasticDepth
 
-        return np.asarray(
-            StochasticDepth(rescale=rescale)(jnp.ones((4000, 1, 1)), jnp.float32(0.75), nnx.Rngs(0))
-        ).ravel()
+        return np.asarray(StochasticDepth(rescale=rescale)(jnp.ones((4000, 1, 1)), jnp.float32(0.75), nnx.Rngs(0))).ravel()
     import torch
 
     from mixer_jax.torch_model import StochasticDepth

@@ -1,0 +1,203 @@
+"""The command lines as a person runs them: processes, exit codes, what they import, and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import GOLDENS, TINY, random_weights
+
+import convert
+
+SQUARE = GOLDENS["square"].weights_file
+COMMANDS = ["npz2flax", "npz2timm", "flax2npz", "flax2timm", "timm2npz", "timm2flax"]
+torch = pytest.mark.torch
+
+
+def run(*arguments, code=0):
+    """Run a Python command line; its standard output, or its standard error if it is to fail."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done.stderr if code else done.stdout
+
+
+def loaded(code, *arguments):
+    """Which of the heavy modules are in sys.modules after some code has run in a new process."""
+    ask = "import sys; print(sorted({'jax', 'torch', 'flax', 'orbax', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{ask}", *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    return set(eval(done.stderr.splitlines()[-1]))
+
+
+CLI = "import sys; from convert.__main__ import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass"
+
+
+@pytest.mark.parametrize("module", ["convert", "mixer_jax", "mixer_jax.referee"])
+def test_importing_a_package_loads_no_framework(module):
+    assert loaded(f"import {module}") == set()
+
+
+def test_help_loads_no_framework():
+    assert loaded(CLI, "--help") == set()
+    assert loaded(CLI, "npz2torch", "--help") == set()
+    assert loaded(CLI.replace("convert", "mixer_jax"), "--help") == set()
+
+
+def test_inspecting_and_npz_to_npz_load_no_framework(tmp_path):
+    assert loaded(CLI, "inspect", SQUARE) == set()
+    assert loaded(CLI, "npz2timm", SQUARE, tmp_path / "w.npz") == set()
+    assert loaded(CLI, "npz2flax", SQUARE, tmp_path / "w.safetensors") == set()
+
+
+@torch
+def test_npz2torch_never_loads_jax(tmp_path):
+    assert loaded(CLI, "npz2torch", SQUARE, tmp_path / "w.pt") == {"torch"}
+    assert (tmp_path / "w.pt").exists()
+
+
+def test_npz2flax_never_loads_torch(tmp_path):
+    assert "torch" not in loaded(CLI, "npz2flax", SQUARE, tmp_path / "w")
+    assert (tmp_path / "w").is_dir()
+
+
+def test_the_flax_half_never_loads_torch_and_the_twin_never_jax():
+    assert "torch" not in loaded("import sys, mixer_jax; mixer_jax.load(sys.argv[1])", SQUARE)
+
+
+@torch
+def test_the_twin_never_loads_jax():
+    assert loaded("import sys; from mixer_jax import torch_model; torch_model.load(sys.argv[1])", SQUARE) == {"torch"}
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors", pytest.param(".pt", marks=torch), ""])
+def test_there_and_back_is_the_same_file(tmp_path, ending):
+    there, back = tmp_path / f"there{ending}", tmp_path / "back.npz"
+    said = run("-m", "convert", "npz2torch", SQUARE, there)
+    assert "1,973 parameters in 30 arrays, timm layout, float32; read back, every bit equal" in said
+    assert "tanh GELU, LayerNorm epsilon 1e-06" in said
+    assert 'act_layer=partial(nn.GELU, approximate="tanh") makes them equal' in said
+    run("-m", "convert", "torch2npz", there, back)
+    assert back.read_bytes() == SQUARE.read_bytes()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_converts_and_refuses_another_layout(tmp_path, command):
+    source, target = (convert.layouts.layout_named(name).name for name in command.split("2"))
+    convert.write(tmp_path / "in.npz", convert.read(SQUARE), layout=source)
+    run("-m", "convert", command, tmp_path / "in.npz", tmp_path / "out.npz")
+    assert convert.read(tmp_path / "out.npz").layout.name == target
+    said = run("-m", "convert", command, tmp_path / "out.npz", tmp_path / "again.npz", code=1)
+    assert f"out.npz: is in the {target} layout, not {source}; it is already what was asked for" in said
+    assert not (tmp_path / "again.npz").exists()
+
+
+def test_the_wrong_command_is_told_the_right_one(tmp_path):
+    assert "is in the google layout, not timm: use npz2flax" in run(
+        "-m", "convert", "timm2flax", SQUARE, tmp_path / "w.npz", code=1
+    )
+
+
+def test_a_persons_mistakes_are_one_message(tmp_path):
+    page = tmp_path / "page.npz"
+    page.write_text("<html>404</html>")
+    for arguments, code, message in (
+        (["npz2torch", page, tmp_path / "w.npz"], 1, f"error: {page}: a web page"),
+        (["npz2torch", tmp_path / "no.npz", tmp_path / "w.npz"], 1, "no.npz: no such file or folder"),
+        (["npz2torch", SQUARE, page], 1, "page.npz: exists already (replace it with --force"),
+        (["npz2torch", SQUARE, tmp_path], 1, "a folder is in the way"),
+        (["npz2torch", page, page, "--force"], 1, "a web page"),
+        (["npz2torch", SQUARE, tmp_path / "w.h5"], 1, "no format has the ending '.h5'"),
+        (["npz2torch", SQUARE, tmp_path / "w.npz", "--variant", "B/16"], 1, "not a Mixer-B/16"),
+        (["npz2torch", SQUARE, tmp_path / "w.npz", "--blocks", "9"], 1, "found 2 blocks, wanted 9"),
+        (["npz2torch", SQUARE], 2, "the following arguments are required: target"),
+        (["npz2rust", SQUARE, tmp_path / "w"], 2, "invalid choice: 'npz2rust'"),
+        (["npz2torch", SQUARE, tmp_path / "w.npz", "--image-size", "big"], 2, "'big' is no size: 224 or 224x448"),
+        (["npz2torch", SQUARE, tmp_path / "w.npz", "--variant", "B16"], 2, "no variant 'B16'"),
+        ([], 2, "the following arguments are required: COMMAND"),
+    ):
+        assert message in run("-m", "convert", *arguments, code=code)
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_the_source_is_never_overwritten(tmp_path):
+    source = tmp_path / "w.npz"
+    source.write_bytes(SQUARE.read_bytes())
+    assert "is the source itself; give another name" in run("-m", "convert", "npz2torch", source, source, "--force", code=1)
+    assert source.read_bytes() == SQUARE.read_bytes()
+
+
+def test_options_of_reading_reach_the_file(tmp_path):
+    np.savez(tmp_path / "w.npz", **random_weights(TINY, dtype="float64"))
+    said = run("-m", "convert", "npz2flax", tmp_path / "w.npz", tmp_path / "no.npz", code=1)
+    assert "float64 weights" in said
+    run("-m", "convert", "npz2flax", tmp_path / "w.npz", tmp_path / "f.npz", "--dtype", "float32", "--image-size", "8x15")
+    read = convert.read(tmp_path / "f.npz")
+    assert (read.dtype.name, read.config.grid) == ("float32", (4, 5))
+
+
+def test_inspect_says_what_a_file_is(tmp_path):
+    convert.write(tmp_path / "w.npz", convert.read(SQUARE).with_metadata(gelu="exact"), layout="flax")
+    facts = json.loads(run("-m", "convert", "inspect", tmp_path / "w.npz", "--json"))
+    assert facts["layout"] == "flax"
+    assert facts["format"] == "npz"
+    assert facts["grid"] == "4x4 (assumed, being square), images of 20x20 pixels"
+    assert (facts["blocks"], facts["classes"], facts["parameters"], facts["NaN or infinite"]) == (2, 7, 1973, 0)
+    assert facts["gelu"] == "exact (the file says so)"
+    assert facts["layer_norm_epsilon"] == "1e-06 (flax's default)"
+    said = run("-m", "convert", "inspect", GOLDENS["rectangular"].weights_file)
+    assert "unknown: 20 tokens of 2x6 pixels are no square grid" in said
+
+
+def test_summary_of_a_variant_and_of_a_file():
+    said = run("-m", "mixer_jax", "summary", "B/16")
+    assert "59,880,472" in said
+    assert "25.204" in said
+    facts = json.loads(run("-m", "mixer_jax", "summary", "L/16", "--num-classes", "21843", "--json"))
+    assert facts["parameters"] == 229_560_243
+    assert sum(m["count"] * m["parameters"] for m in facts["modules"]) == 229_560_243
+    facts = json.loads(run("-m", "mixer_jax", "summary", SQUARE, "--json"))
+    assert facts["parameters"] == sum(array.size for array in GOLDENS["square"].weights.values())
+    assert "no variant 'B16': one of S, B, L, H" in run("-m", "mixer_jax", "summary", "B16", code=1)
+
+
+# A conversion that takes its time, so that it can be interrupted in the middle.
+SLOW = """
+import sys, time
+from convert.containers import npz
+write = npz.write
+def slowly(path, arrays, metadata):
+    write(path, arrays, metadata)
+    print("writing", flush=True)
+    time.sleep(60)
+npz.write = slowly
+from convert.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("force", [False, True])
+def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, sent, code, force):
+    target = tmp_path / "w.npz"
+    if force:
+        target.write_text("what was there before")
+    arguments = ["npz2torch", str(SQUARE), str(target)] + ["--force"] * force
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "writing\n"
+    assert any(name.endswith(".tmp") for name in os.listdir(tmp_path))
+    process.send_signal(sent)
+    started = time.monotonic()
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - started < 30
+    assert process.returncode == code
+    assert "Traceback" not in said
+    assert os.listdir(tmp_path) == ["w.npz"] * force
+    assert not force or target.read_text() == "what was there before"
