@@ -40,9 +40,10 @@ class OpenFile:
 def whole_or_nothing(path: str | os.PathLike[str], *, size: int, force: bool = False) -> Iterator[Path]:
     """A name to write a file or a folder under, which becomes `path` at the end of the block, or vanishes.
 
-    Refused at once where the disk has no room for `size` bytes. The name lies in a temporary folder beside `path`, so the last step is one rename; the content has reached the disk
-    by then. Without `force` an existing `path` is an error, also one that appears meanwhile. With `force` a file takes
-    a file's place, and a folder the place of another Orbax checkpoint, never that of any other folder.
+    Refused at once where the disk has no room for `size` bytes. The name lies in a temporary folder beside `path`, so the
+    last step is one rename; the content has reached the disk by then. Without `force` an existing `path` is an error, also
+    one that appears meanwhile. With `force` a file takes a file's place, and a folder the place of another Orbax
+    checkpoint, never that of any other folder.
     """
     path = Path(path)
     check_writable(path, force=force)
