@@ -64,7 +64,7 @@ def _told(checkpoint: Checkpoint, target: str) -> list[str]:
         f"numerics: {metadata.gelu} GELU, LayerNorm epsilon {metadata.layer_norm_epsilon:g}; mixer_jax finds them in the file",
     ]
     if metadata.gelu != layout.gelu:
-        remedy = layout.remedy.get(metadata.gelu)
+        remedy = layout.tanh_remedy if metadata.gelu == "tanh" else ""
         lines.append(
             f"{layout.name}'s own code computes the {layout.gelu} GELU: logits would be off by about 5e-4 of their spread"
             + (f"; {remedy} makes them equal" if remedy else "")

@@ -51,6 +51,13 @@ def rearranged(array: Array, source: str, target: str) -> Array:
     return LazyArray(shape, array.dtype, lambda i: _item(rearrange(np.asarray(array), f"{source} -> {target}"), i))
 
 
+def reshaped(array: Array, shape: tuple[int, ...]) -> Array:
+    """The array in another shape of as many values."""
+    if tuple(array.shape) == shape:
+        return array
+    return LazyArray(shape, array.dtype, lambda i: _item(np.asarray(array).reshape(shape), i))
+
+
 def stacked(items: list[Array]) -> Array:
     """The arrays, all of one shape, along a new first axis."""
     first = items[0]
@@ -66,13 +73,9 @@ def stacked(items: list[Array]) -> Array:
     return LazyArray((len(items), *first.shape), first.dtype, read)
 
 
-def unstacked(array: Array) -> list[Array]:
-    """The items along the first axis, each read alone."""
-
-    def item(row: int) -> Array:
-        return LazyArray(array.shape[1:], array.dtype, lambda i: _item(np.asarray(array[row]), i))
-
-    return [item(row) for row in range(array.shape[0])]
+def item(array: Array, row: int) -> Array:
+    """One item along the first axis, read alone."""
+    return LazyArray(array.shape[1:], array.dtype, lambda i: _item(np.asarray(array[row]), i))
 
 
 def changed(array: Array, dtype: np.dtype, change: Callable[[np.ndarray], np.ndarray]) -> Array:

@@ -2,10 +2,11 @@
 
 A layout is a column. `{i}` in a name is the block index, counted from 0; a column whose block names have none keeps the
 blocks as a leading axis `l`. `{leaf}` is where the leaf's name goes. Every transpose and reshape follows from two
-columns' axis orders, in both directions. Canonical means google's names and axes.
+columns' axis orders, in both directions; an axis `1` is written, and on reading may be absent or repeated. Canonical
+means google's names and axes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from .config import Gelu
 
@@ -49,7 +50,8 @@ class Layout:
     gelu: Gelu = "tanh"
     layer_norm_epsilon: float = 1e-6
     preprocessing: str | None = "resmall_crop"
-    remedy: dict[Gelu, str] = field(default_factory=dict)  # what to tell that code so that it computes the other GELU
+    tanh_remedy: str = ""  # what makes a code of the exact GELU compute the tanh one
+    spellings: tuple["Layout", ...] = ()  # names that are read as well and never written
 
     @property
     def stacked(self) -> bool:
@@ -105,10 +107,79 @@ TIMM = Layout(
     leaves=TORCH_LEAVES,
     gelu="exact",
     preprocessing="timm_bicubic",
-    remedy={"tanh": 'act_layer=partial(nn.GELU, approximate="tanh")'},
+    tanh_remedy='act_layer=partial(nn.GELU, approximate="tanh")',
 )
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (GOOGLE, FLAX, TIMM)}
+REFERENCE = Layout(
+    name="reference",  # the PyTorch reference this project started from
+    modules={
+        "stem": "to_patch_embedding.0.{leaf}",
+        "token_norm": "mixer_blocks.{i}.token_mix.0.{leaf}",
+        "token_mixing/dense_0": "mixer_blocks.{i}.token_mix.2.net.0.{leaf}",
+        "token_mixing/dense_1": "mixer_blocks.{i}.token_mix.2.net.3.{leaf}",
+        "channel_norm": "mixer_blocks.{i}.channel_mix.0.{leaf}",
+        "channel_mixing/dense_0": "mixer_blocks.{i}.channel_mix.1.net.0.{leaf}",
+        "channel_mixing/dense_1": "mixer_blocks.{i}.channel_mix.1.net.3.{leaf}",
+        "pre_head_norm": "layer_norm.{leaf}",
+        "head": "mlp_head.0.{leaf}",
+    },
+    leaves=TORCH_LEAVES,
+    gelu="exact",
+    layer_norm_epsilon=1e-5,  # torch's default
+    preprocessing=None,
+    tanh_remedy='nn.GELU(approximate="tanh")',
+)
+
+JEONSWORLD = Layout(
+    name="jeonsworld",  # jeonsworld/MLP-Mixer-Pytorch
+    modules={
+        "stem": "stem.{leaf}",
+        "token_norm": "layer.{i}.pre_norm.{leaf}",
+        "token_mixing/dense_0": "layer.{i}.token_mlp_block.fc0.{leaf}",
+        "token_mixing/dense_1": "layer.{i}.token_mlp_block.fc1.{leaf}",
+        "channel_norm": "layer.{i}.post_norm.{leaf}",
+        "channel_mixing/dense_0": "layer.{i}.channel_mlp_block.fc0.{leaf}",
+        "channel_mixing/dense_1": "layer.{i}.channel_mlp_block.fc1.{leaf}",
+        "pre_head_norm": "pre_head_ln.{leaf}",
+        "head": "head.{leaf}",
+    },
+    leaves=TORCH_LEAVES,
+    gelu="exact",
+    preprocessing=None,
+    tanh_remedy='nn.GELU(approximate="tanh")',
+)
+
+LEGACY = Layout(
+    name="legacy",  # the older names that google-research/big_vision, mlp_mixer.py, still maps
+    modules={
+        "stem": "embedding/{leaf}",
+        "token_norm": "Mixer/encoderblock_{i}/LayerNorm_0/{leaf}",
+        "token_mixing/dense_0": "Mixer/encoderblock_{i}/token_mixing_phase_0/{leaf}1",
+        "token_mixing/dense_1": "Mixer/encoderblock_{i}/token_mixing_phase_0/{leaf}2",
+        "channel_norm": "Mixer/encoderblock_{i}/LayerNorm_1/{leaf}",
+        "channel_mixing/dense_0": "Mixer/encoderblock_{i}/channel_mixing_phase_0/{leaf}1",
+        "channel_mixing/dense_1": "Mixer/encoderblock_{i}/channel_mixing_phase_0/{leaf}2",
+        "pre_head_norm": "Mixer/encoder_norm/{leaf}",
+        "head": "head/{leaf}",
+    },
+    leaves=FLAX_LEAVES | {"mlp": {"kernel": "1 i o", "bias": "1 o"}},
+)
+
+# Before Flax Linen submodules were numbered across classes. Inferred from Flax's own conversion; no such file was seen.
+PRE_LINEN = replace(
+    LEGACY,
+    modules=LEGACY.modules
+    | {
+        "token_mixing/dense_0": "Mixer/encoderblock_{i}/token_mixing_phase_1/{leaf}1",
+        "token_mixing/dense_1": "Mixer/encoderblock_{i}/token_mixing_phase_1/{leaf}2",
+        "channel_norm": "Mixer/encoderblock_{i}/LayerNorm_2/{leaf}",
+        "channel_mixing/dense_0": "Mixer/encoderblock_{i}/channel_mixing_phase_3/{leaf}1",
+        "channel_mixing/dense_1": "Mixer/encoderblock_{i}/channel_mixing_phase_3/{leaf}2",
+    },
+)
+LEGACY = replace(LEGACY, spellings=(PRE_LINEN,))
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (GOOGLE, FLAX, TIMM, REFERENCE, JEONSWORLD, LEGACY)}
 ALIASES = {"npz": "google", "torch": "timm"}  # names that commands take besides
 
 # The layout that the world expects in a format.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import Array, Arrays, rearranged, stacked, unstacked
+from .arrays import Array, Arrays, item, rearranged, reshaped, stacked
 from .errors import CheckpointError
 from .layouts import BLOCK_MODULES, FOREIGN, GOOGLE, LAYOUTS, MODULES, Layout
 
@@ -29,15 +29,15 @@ def convert(arrays: Arrays, source: Layout, target: Layout) -> dict[str, Array]:
 def to_canonical(arrays: Arrays, layout: Layout) -> dict[str, Array]:
     """The weights in google's names and axes, sorted by name as Google's files are."""
     sizes = sizes_of(arrays, layout)
-    placed = {slot: arrays[name] for name, slot in _names(layout, sizes).items()}
-    canonical = {}
-    for name, slot in _names(GOOGLE, sizes).items():
-        source = slot._replace(block=None) if layout.stacked else slot
-        array = placed[source]
+    placed = {slot: reshaped(arrays[name], shape_of(slot, layout, sizes)) for name, slot in _names(layout, sizes).items()}
+
+    def array(slot: Slot) -> Array:
         if layout.stacked and slot.block is not None:
-            array = unstacked(array)[slot.block]
-        canonical[name] = rearranged(array, _axes(layout, slot), _axes(GOOGLE, slot))
-    return dict(sorted(canonical.items()))
+            return item(placed[slot._replace(block=None)], slot.block)
+        return placed[slot]
+
+    google = _names(GOOGLE, sizes)
+    return {name: rearranged(array(google[name]), *_both_axes(layout, GOOGLE, google[name])) for name in sorted(google)}
 
 
 def from_canonical(canonical: Arrays, layout: Layout) -> dict[str, Array]:
@@ -46,7 +46,7 @@ def from_canonical(canonical: Arrays, layout: Layout) -> dict[str, Array]:
     placed = {slot: canonical[name] for name, slot in _names(GOOGLE, sizes).items()}
 
     def array(slot: Slot) -> Array:
-        return rearranged(placed[slot], _axes(GOOGLE, slot), _axes(layout, slot))
+        return rearranged(placed[slot], *_both_axes(GOOGLE, layout, slot))
 
     def blocks(slot: Slot) -> list[Array]:
         return [array(slot._replace(block=i)) for i in range(sizes["num_blocks"])]
@@ -59,16 +59,16 @@ def from_canonical(canonical: Arrays, layout: Layout) -> dict[str, Array]:
 
 def detect(names: Collection[str]) -> Layout:
     """The layout whose names these are, or nearly are. Raises CheckpointError if no block of a Mixer is among them."""
-    found = {layout.name: len(_block_names(names, layout)) for layout in LAYOUTS.values()}
-    best = max(found, key=found.__getitem__)
-    if not found[best]:
+    spelt = [spelling for layout in LAYOUTS.values() for spelling in (layout, *layout.spellings)]
+    best = max(spelt, key=lambda layout: len(_block_names(names, layout)))
+    if not _block_names(names, best):
         what = next((what for what, marks in FOREIGN.items() if any(n.startswith(marks) for n in names)), None)
         raise CheckpointError(
             f"not a Mixer checkpoint: {f'it looks like {what}' if what else 'no array of a Mixer block is in it'}\n"
             f"  found: {_some(names)}\n"
             f"  wanted, for example: {', '.join(_example(layout) for layout in LAYOUTS.values())}"
         )
-    return LAYOUTS[best]
+    return best
 
 
 def sizes_of(arrays: Arrays, layout: Layout) -> Sizes:
@@ -84,17 +84,20 @@ def sizes_of(arrays: Arrays, layout: Layout) -> Sizes:
 
     votes: dict[str, Counter[int]] = defaultdict(Counter)
     for name, slot in wanted.items():
-        axes = _axis_sizes(layout, slot)
-        if len(axes) == len(arrays[name].shape):
-            for size, length in zip(axes, arrays[name].shape):
+        axes, shape = _axis_sizes(layout, slot), tuple(arrays[name].shape)
+        if "1" in axes and len(axes) != len(shape):  # the axis is absent or repeated: only the rest says something
+            axes, shape = [size for size in axes if size != "1"], _without_ones(shape)
+        if len(axes) == len(shape):
+            for size, length in zip(axes, shape):
                 votes[size][length] += 1
     sizes = sizes | {size: votes[size].most_common(1)[0][0] for size in votes if size not in ("1", "num_blocks")}
 
     wrong = []
     for name, slot in wanted.items():
-        shape = shape_of(slot, layout, sizes)
-        if tuple(arrays[name].shape) != shape:
-            wrong.append(f"  {name}: found {tuple(arrays[name].shape)}, wanted {shape}")
+        shape, found = shape_of(slot, layout, sizes), tuple(arrays[name].shape)
+        loose = "1" in _axis_sizes(layout, slot) and _without_ones(found) == _without_ones(shape)
+        if found != shape and not loose:
+            wrong.append(f"  {name}: found {found}, wanted {shape}")
     if wrong:
         what = "not a Mixer checkpoint: shapes do not fit"
         if _is_gated(arrays, layout):
@@ -136,6 +139,10 @@ def _template(layout: Layout, slot: Slot) -> str:
 
 def _axes(layout: Layout, slot: Slot) -> str:
     return list(layout.leaves[MODULES[slot.module][0]].values())[slot.leaf]
+
+
+def _both_axes(source: Layout, target: Layout, slot: Slot) -> tuple[str, str]:
+    return _axes(source, slot), _axes(target, slot)
 
 
 def _axis_sizes(layout: Layout, slot: Slot) -> list[str]:
@@ -185,6 +192,10 @@ def _is_gated(arrays: Arrays, layout: Layout) -> bool:
     given = dict(zip(_axes(layout, first).split(), arrays[_name(layout, first)].shape))
     taken = dict(zip(_axes(layout, second).split(), arrays[_name(layout, second)].shape))
     return given.get("o") == 2 * taken.get("i", 0)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(length for length in shape if length != 1)
 
 
 def _example(layout: Layout) -> str:

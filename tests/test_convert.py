@@ -172,7 +172,8 @@ def test_a_file_that_says_nothing_has_its_layouts_numerics(tmp_path, layout):
     weights = Checkpoint.from_arrays(random_weights(TINY)).to(layout)
     saved(tmp_path / "w.npz", {name: np.asarray(array) for name, array in weights.arrays.items()})
     read = convert.read(tmp_path / "w.npz")
-    assert read.metadata.gelu == {"google": "tanh", "flax": "tanh", "timm": "exact"}[layout]
+    assert read.metadata.gelu == ("tanh" if layout in ("google", "flax", "legacy") else "exact")
+    assert read.metadata.layer_norm_epsilon == (1e-5 if layout == "reference" else 1e-6)
     assert not read.stated
 
 

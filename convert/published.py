@@ -1,0 +1,65 @@
+"""The released checkpoints as data: where they lie, how large they are and what is known of them."""
+
+from dataclasses import dataclass
+
+BASE_URL = "https://storage.googleapis.com/mixer_models/"
+HUB = "hf:"  # before owner/repository
+
+# name, variant, classes, MiB as the owners list it, top-1
+_BUCKET: tuple[tuple[str, str, int, float, float | None], ...] = (
+    ("imagenet1k/Mixer-B_16", "B/16", 1000, 228.47, 76.44),  # the paper's figures, trained on ImageNet alone
+    ("imagenet1k/Mixer-L_16", "L/16", 1000, 794.29, 71.76),
+    ("imagenet21k/Mixer-B_16", "B/16", 21_843, 289.61, None),
+    ("imagenet21k/Mixer-L_16", "L/16", 21_843, 875.78, None),
+    ("sam/Mixer-B_16", "B/16", 1000, 228.47, None),
+    ("sam/Mixer-B_32", "B/32", 1000, 230.04, None),
+    ("gsam/Mixer-B_16", "B/16", 1000, 228.47, None),
+    ("gsam/Mixer-B_32", "B/32", 1000, 230.04, None),
+    ("gsam/Mixer-S_16", "S/16", 1000, 70.71, None),
+    ("gsam/Mixer-S_32", "S/32", 1000, 72.91, None),
+    ("gsam/Mixer-S_8", "S/8", 1000, 78.79, None),
+)
+_COPY = "Google's weights in timm's names; trained with the tanh GELU, where timm computes the exact one"
+_WRONG_TAG = (
+    f"{_COPY}; the tag ft_in1k is wrong: these are the ImageNet-1k files, and Mixers fine-tuned from ImageNet-21k were never "
+    "published (a Google author on timm's pull request 651)"
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One released checkpoint.
+
+    `file` is its path below BASE_URL, or in its repository on the Hugging Face hub. `mib` is its size to 0.01 MiB as its
+    owners list it, `top1` its accuracy on ImageNet's validation images in per cent, each None where that is not known.
+    """
+
+    name: str
+    file: str
+    variant: str
+    classes: int
+    mib: float | None = None
+    top1: float | None = None
+    note: str = ""
+
+    def is_plausible(self, size: int) -> bool:
+        """Whether a file of `size` bytes can be the listed one."""
+        return self.mib is None or abs(size / 2**20 - self.mib) <= 0.01
+
+
+PUBLISHED = {
+    name: Published(name, f"{name}.npz", variant, classes, mib=mib, top1=top1) for name, variant, classes, mib, top1 in _BUCKET
+}
+ON_HUB = {
+    file.name: file
+    for file in (  # the figures are those of the pull request
+        Published(
+            "hf:timm/mixer_b16_224.goog_in21k_ft_in1k", "model.safetensors", "B/16", 1000, top1=76.6, note=_WRONG_TAG
+        ),
+        Published(
+            "hf:timm/mixer_l16_224.goog_in21k_ft_in1k", "model.safetensors", "L/16", 1000, top1=72.1, note=_WRONG_TAG
+        ),
+        Published("hf:timm/mixer_b16_224.goog_in21k", "model.safetensors", "B/16", 21_843, note=_COPY),
+        Published("hf:timm/mixer_l16_224.goog_in21k", "model.safetensors", "L/16", 21_843, note=_COPY),
+    )
+}
