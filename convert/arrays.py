@@ -48,14 +48,12 @@ def rearranged(array: Array, source: str, target: str) -> Array:
     if source == target:
         return array
     shape = rearrange(np.broadcast_to(np.int8(0), array.shape), f"{source} -> {target}").shape
-    return LazyArray(shape, array.dtype, lambda i: _item(rearrange(np.asarray(array), f"{source} -> {target}"), i))
+    return derived(array, shape, lambda values: rearrange(values, f"{source} -> {target}"))
 
 
 def reshaped(array: Array, shape: tuple[int, ...]) -> Array:
     """The array in another shape of as many values."""
-    if tuple(array.shape) == shape:
-        return array
-    return LazyArray(shape, array.dtype, lambda i: _item(np.asarray(array).reshape(shape), i))
+    return array if tuple(array.shape) == shape else derived(array, shape, lambda values: values.reshape(shape))
 
 
 def stacked(items: list[Array]) -> Array:
@@ -81,6 +79,11 @@ def item(array: Array, row: int) -> Array:
 def changed(array: Array, dtype: np.dtype, change: Callable[[np.ndarray], np.ndarray]) -> Array:
     """The array with every value it reads passed through `change`, which keeps the shape."""
     return LazyArray(array.shape, dtype, lambda i: change(np.asarray(array if i is None else array[i])))
+
+
+def derived(array: Array, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> Array:
+    """What `change` makes of the whole array, of this shape and the same dtype."""
+    return LazyArray(shape, array.dtype, lambda i: _item(change(np.asarray(array)), i))
 
 
 def _item(array: np.ndarray, index: int | None) -> np.ndarray:

@@ -1,25 +1,30 @@
 """Checkpoint: the weights of a Mixer with all that makes them a function; read, write, and pure verbs between."""
 
-import dataclasses
 import math
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
 
-from . import containers, mapping
-from .arrays import Array, Arrays, LazyArray, changed
+from . import containers, mapping, resolution
+from .arrays import Array, Arrays, LazyArray, changed, derived
 from .config import VARIANTS, Gelu, MixerConfig, Size, as_size, variant_letter, variant_sizes
 from .dtypes import WEIGHTS, as_dtype
 from .errors import CheckpointError
 from .files import whole_or_nothing
+from .identity import fingerprint
 from .layouts import GOOGLE, USUAL_LAYOUT, Layout, layout_named
+from .published import is_published
+from .wrappers import flattened, unwrapped
+
+if TYPE_CHECKING:
+    import torch
 
 PREPROCESSING = ("resmall_crop", "resize_crop", "squash", "timm_bicubic", "timm_bilinear")
 
@@ -49,7 +54,7 @@ class Metadata:
             what = ", ".join(sorted(map(str, unknown))) if isinstance(said, Mapping) else repr(said)
             raise CheckpointError(f"metadata that is not understood (written by a newer version?): {what}")
         entries: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
-        new = dataclasses.replace(self, **entries)
+        new = replace(self, **entries)
         labels, size = new.labels, new.image_size
         faults = {
             "gelu": new.gelu not in get_args(Gelu),
@@ -65,7 +70,7 @@ class Metadata:
 
     def said(self, *, beyond: "Metadata | None" = None) -> dict[str, Any]:
         """The entries as JSON has them; with `beyond`, those alone that differ from it."""
-        entries = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        entries = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {k: v for k, v in entries.items() if beyond is None or getattr(self, k) != getattr(beyond, k)}
 
 
@@ -82,6 +87,8 @@ class Checkpoint:
     metadata: Metadata
     source: str = "these arrays"
     stated: frozenset[str] = frozenset()  # the entries of metadata that a file stated itself
+    notes: tuple[str, ...] = ()  # what a person should know of how it was read
+    claimed: str | None = None  # the fingerprint that a file states
 
     def __post_init__(self) -> None:
         _ = self.sizes, self.dtype
@@ -90,10 +97,23 @@ class Checkpoint:
             raise CheckpointError(f"{len(labels)} labels for {self.sizes['num_classes']} classes")
 
     @classmethod
-    def from_arrays(cls, arrays: Arrays, *, said: Mapping[str, Any] | None = None, source: str = "these arrays") -> Self:
-        """Of arrays by name, in whatever layout they are; `said` has entries of Metadata, the layout gives the others."""
-        layout = mapping.detect(arrays.keys())
-        return cls(arrays, layout, Metadata.default(layout).updated(said or {}), source, frozenset(said or ()))
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, Any],
+        *,
+        key: str | None = None,
+        said: Mapping[str, Any] | None = None,
+        source: str = "these arrays",
+    ) -> Self:
+        """Of NumPy, JAX or torch arrays by name, in whatever layout they are, nested dictionaries and wrappers included.
+
+        `key` says which of several sets of weights is meant. `said` has entries of Metadata, the layout gives the others.
+        """
+        flat, _ = flattened(arrays)
+        weights, notes = unwrapped(flat, key)
+        layout = mapping.detect(weights.keys())
+        metadata = Metadata.default(layout).updated(said or {})
+        return cls(weights, layout, metadata, source, frozenset(said or ()), tuple(notes))
 
     @classmethod
     def of_model(
@@ -169,7 +189,7 @@ class Checkpoint:
     def to(self, layout: str | Layout) -> Self:
         """In another layout's names and axes; numerics and all else travel along."""
         target = layout_named(layout) if isinstance(layout, str) else layout
-        return dataclasses.replace(self, arrays=mapping.convert(self.arrays, self.layout, target), layout=target)
+        return replace(self, arrays=mapping.convert(self.arrays, self.layout, target), layout=target)
 
     def astype(self, dtype: str | np.dtype) -> Self:
         """Rounded to another dtype, to nearest even. A value that becomes infinite is a CheckpointError when read."""
@@ -193,7 +213,7 @@ class Checkpoint:
 
     def with_metadata(self, **entries: Any) -> Self:
         """With other entries of Metadata: gelu, layer_norm_epsilon, image_size, preprocessing, labels."""
-        return dataclasses.replace(self, metadata=self.metadata.updated(entries))
+        return replace(self, metadata=self.metadata.updated(entries))
 
     def with_image_size(self, image_size: int | Size) -> Self:
         """For images of this size in pixels. Raises CheckpointError unless the tokens are its patches."""
@@ -216,6 +236,67 @@ class Checkpoint:
         shapes = mapping.shapes(GOOGLE, self.sizes | {"num_classes": num_classes})
         head: dict[str, Array] = {k: np.zeros(s, self.dtype) for k, s in shapes.items() if k.startswith("head/")}
         return self._with_canonical(mapping.to_canonical(self.without_head().arrays, self.layout) | head)
+
+    def with_selected_classes(self, classes: Sequence[int]) -> Self:
+        """With a head for some of its classes in another order; their logits stay bit-equal, labels go along."""
+        found = self.sizes["num_classes"]
+        wrong = [index for index in classes if not 0 <= index < found]
+        if wrong or not classes or len(set(classes)) != len(classes):
+            raise CheckpointError(f"{self.source}: classes must be different numbers from 0 to {found - 1}: {wrong or classes}")
+        chosen = list(classes)
+        canonical = mapping.to_canonical(self.arrays, self.layout)
+        for name in ("head/kernel", "head/bias"):
+            array = canonical[name]
+            canonical[name] = derived(array, (*array.shape[:-1], len(chosen)), lambda values: values[..., chosen])
+        labels = self.metadata.labels
+        selected = self._with_canonical(canonical)
+        return selected if labels is None else selected.with_metadata(labels=tuple(labels[i] for i in chosen))
+
+    def resized(self, image_size: int | Size, *, resample: bool = False) -> Self:
+        """For images of another size in pixels.
+
+        Whole multiples of the old size follow the paper's rule (Appendix C), after which the logits are the mean of the old
+        ones over the parts of the image. Any other grid is an approximation, made only with `resample`: token filters are
+        resampled as images.
+        """
+        config, size = self.config, as_size(image_size, "image_size")
+        new = (size[0] // config.patch_size[0], size[1] // config.patch_size[1])
+        if size[0] % config.patch_size[0] or size[1] % config.patch_size[1]:
+            raise CheckpointError(f"{self.source}: {size[0]}x{size[1]} pixels are no whole number of patches")
+        factor = new[0] // config.grid[0]
+        canonical = mapping.to_canonical(self.arrays, self.layout)
+        if resample:
+            canonical = resolution.resampled(canonical, old_grid=config.grid, new_grid=new)
+        elif new == (factor * config.grid[0], factor * config.grid[1]) and factor:
+            canonical = resolution.expanded(canonical, old_grid=config.grid, factor=factor)
+        else:
+            raise CheckpointError(
+                f"{self.source}: {size[0]}x{size[1]} is no whole multiple of {config.image_size[0]}x{config.image_size[1]}, so "
+                "there is no exact rule; to resample the token filters, an approximation, say --resample or resample=True"
+            )
+        arrays = mapping.from_canonical(canonical, self.layout)
+        return replace(self, arrays=arrays, metadata=replace(self.metadata, image_size=size)).with_image_size(size)
+
+    def as_numpy(self) -> dict[str, np.ndarray]:
+        """The arrays by name, read."""
+        return {name: np.asarray(array) for name, array in self.arrays.items()}
+
+    def as_torch(self) -> "dict[str, torch.Tensor]":
+        """The arrays by name as torch tensors of their own, bfloat16 included: a state_dict of the layout."""
+        from .containers.pt import to_torch
+
+        return {name: to_torch(array).clone() for name, array in self.arrays.items()}
+
+    def as_linen(self) -> dict[str, Any]:
+        """What Google's Flax Linen code takes: `{"params": ...}`, google's names as a nested dictionary."""
+        tree: dict[str, Any] = {}
+        for name, array in self.to("google").arrays.items():
+            *folders, leaf = name.split("/")
+            node = tree
+            for folder in folders:
+                node = node.setdefault(folder, {})
+            node[leaf] = np.asarray(array)
+        return {"params": tree}
 
     def require_finite(self) -> Self:
         """One that raises CheckpointError as soon as an array with NaN or infinity is read."""
@@ -254,12 +335,12 @@ class Checkpoint:
             )
 
     def _with(self, arrays: Arrays) -> Self:
-        return dataclasses.replace(self, arrays=arrays)
+        return replace(self, arrays=arrays)
 
     def _with_canonical(self, canonical: Arrays) -> Self:
         """Other weights in the same layout; labels stay only where the head does."""
-        metadata = dataclasses.replace(self.metadata, labels=None)
-        return dataclasses.replace(self, arrays=mapping.from_canonical(canonical, self.layout), metadata=metadata)
+        metadata = replace(self.metadata, labels=None)
+        return replace(self, arrays=mapping.from_canonical(canonical, self.layout), metadata=metadata)
 
 
 def read(
@@ -273,19 +354,27 @@ def read(
     layer_norm_epsilon: float | None = None,
     dtype: str | np.dtype | None = None,
     allow_nonfinite: bool = False,
+    key: str | None = None,
 ) -> Checkpoint:
     """A checkpoint from a file or an Orbax folder, in whatever layout it is; values are read when asked for.
+
+    The name of a published file, "imagenet1k/Mixer-B_16" or "hf:owner/name", is fetched unless it is in the cache.
 
     `variant` refuses all but, say, "B/16". Another `num_classes` than the file's gives a fresh zero head, with a warning
     that says so; 0 drops the head. `num_blocks` says that a depth no published Mixer has is meant, `image_size` (pixels)
     what grid the tokens form. `gelu` and `layer_norm_epsilon` override the file's numerics. `dtype` rounds, and is needed
-    to read float64. A Checkpoint as source gets the same treatment, save for what can be wrong in a file only.
+    to read float64. `key` names one of several sets of weights in a file. A Checkpoint as source gets the same treatment,
+    save for what can be wrong in a file only.
 
     Raises CheckpointError, naming the file and every fault; NaN and infinity are found when their array is read.
     """
+    if isinstance(source, str) and is_published(source) and not os.path.exists(source):
+        from .download import download  # the network is for those who ask for it
+
+        source = download(source)
     path = None if isinstance(source, Checkpoint) else Path(source)
     try:
-        checkpoint = source if isinstance(source, Checkpoint) else _open(Path(source), allow_nonfinite)
+        checkpoint = source if isinstance(source, Checkpoint) else _open(Path(source), key, allow_nonfinite)
         if variant is not None:
             checkpoint.require_variant(variant)
         checkpoint.require_depth(num_blocks)
@@ -333,6 +422,9 @@ def write(
     format = containers.module(name)
     # Google's files say nothing, so an .npz of ours says only what saying nothing would not mean.
     said = checkpoint.metadata.said(beyond=Metadata.default(checkpoint.layout) if name == "npz" else None)
+    if name == "safetensors":
+        said["fingerprint"] = fingerprint(checkpoint.arrays, checkpoint.layout)
+    said = containers.sealed(said)
     arrays = _counting(checkpoint.arrays, progress)
     size = checkpoint.num_parameters * checkpoint.dtype.itemsize
     with whole_or_nothing(path, size=size, force=force) as written:
@@ -349,13 +441,19 @@ def usual_layout(path: str | os.PathLike[str]) -> str:
     return USUAL_LAYOUT[containers.for_writing(Path(path))]
 
 
-def _open(path: Path, allow_nonfinite: bool) -> Checkpoint:
+def _open(path: Path, key: str | None, allow_nonfinite: bool) -> Checkpoint:
     if not path.exists():
         raise CheckpointError("no such file or folder")
     content = containers.module(containers.for_reading(path)).read(path)
     if not content.arrays:
         raise CheckpointError("no arrays in it")
-    checkpoint = Checkpoint.from_arrays(_naming(content.arrays, path), said=content.metadata, source=str(path))
+    said = containers.unsealed(content.metadata or {})
+    claimed = said.pop("fingerprint", None)
+    checkpoint = Checkpoint.from_arrays(_naming(content.arrays, path), key=key, said=said, source=str(path))
+    if content.others:
+        some = ", ".join(content.others[:5])
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, f"{len(content.others)} entries are no arrays: {some}"))
+    checkpoint = replace(checkpoint, claimed=claimed)
     return checkpoint if allow_nonfinite else checkpoint.require_finite()
 
 

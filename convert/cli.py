@@ -1,6 +1,7 @@
 """What both command lines share: a person's mistake is one message and an exit code, and a signal cleans up."""
 
 import argparse
+import os
 import signal
 import sys
 import warnings
@@ -22,6 +23,8 @@ def guarded(command: Callable[[], object]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             command()
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CheckpointError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -37,6 +40,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, metavar="N", help="that this depth is meant, if no published Mixer has it")
     parser.add_argument("--variant", type=variant, metavar="B/16", help="refuse any other")
     parser.add_argument("--dtype", choices=WEIGHTS, help="round to it, to nearest even; needed for float64")
+    parser.add_argument("--key", help="which of several sets of weights in the file, such as state_dict_ema")
     parser.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinity for values")
 
 
@@ -49,6 +53,7 @@ def read_asked(arguments: argparse.Namespace) -> Checkpoint:
         image_size=arguments.image_size,
         dtype=arguments.dtype,
         allow_nonfinite=arguments.allow_nonfinite,
+        key=arguments.key,
     )
 
 

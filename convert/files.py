@@ -5,13 +5,17 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import weakref
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from .errors import CheckpointError
+
+CHUNK = 1 << 20
 
 
 class OpenFile:
@@ -25,6 +29,8 @@ class OpenFile:
 
     def read(self, offset: int, count: int) -> np.ndarray:
         """`count` bytes from `offset` as uint8. Raises CheckpointError where the file ends before."""
+        if offset < 0:
+            raise CheckpointError(f"damaged: it points at byte {offset}")
         buffer = np.empty(max(0, min(count, self.size - offset)), np.uint8)
         view, done = memoryview(buffer), 0
         with self._lock:
@@ -34,6 +40,34 @@ class OpenFile:
         if done != count:
             raise CheckpointError(f"truncated: {count} bytes wanted at {offset}, the file has {self.size}")
         return buffer
+
+
+class Span:
+    """Some bytes of a file, held against their CRC-32 (None: nobody gave one) when they are first read."""
+
+    def __init__(self, file: OpenFile, offset: int, size: int, crc: int | None):
+        self.file, self.offset, self.size, self.crc = file, offset, size, crc
+        self._checked = crc is None
+
+    def all(self) -> np.ndarray:
+        data = self.file.read(self.offset, self.size)
+        if not self._checked:
+            self._check(zlib.crc32(data))
+        return data
+
+    def part(self, start: int, count: int) -> np.ndarray:
+        """Some of them; the whole is checked the first time."""
+        if not self._checked:
+            crc = 0
+            for at in range(0, self.size, CHUNK):
+                crc = zlib.crc32(self.file.read(self.offset + at, min(CHUNK, self.size - at)), crc)
+            self._check(crc)
+        return self.file.read(self.offset + start, count)
+
+    def _check(self, crc: int) -> None:
+        if crc != self.crc:
+            raise CheckpointError("its bytes are not the ones that were written (CRC-32): fetch or write the file again")
+        self._checked = True
 
 
 @contextlib.contextmanager
@@ -67,7 +101,7 @@ def whole_or_nothing(path: str | os.PathLike[str], *, size: int, force: bool = F
             _rename_to_new(written, path)
         _sync(path.parent)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
 
 
 def check_writable(path: Path, *, force: bool) -> None:
@@ -88,6 +122,15 @@ def check_writable(path: Path, *, force: bool) -> None:
 
 def is_orbax(path: Path) -> bool:
     return (path / "_CHECKPOINT_METADATA").is_file() or (path / "params" / "_METADATA").is_file()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, also one that a failed writer's threads go on writing into for a moment."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
 
 
 def _rename_to_new(written: Path, path: Path) -> None:

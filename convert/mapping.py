@@ -57,10 +57,27 @@ def from_canonical(canonical: Arrays, layout: Layout) -> dict[str, Array]:
     }
 
 
+def plan(arrays: Arrays, source: Layout, target: Layout) -> list[tuple[str, str, str]]:
+    """What `convert` does to each array of the target: its source's name, its own, and the axes of both."""
+    sizes = sizes_of(arrays, source)
+
+    def name(layout: Layout, slot: Slot) -> str:
+        return _template(layout, slot) if slot.block is None and slot.module in BLOCK_MODULES else _name(layout, slot)
+
+    rows = []
+    for slot in _slots(source if target.stacked else target, sizes):
+        before, after = _both_axes(source, target, slot)
+        if slot.module in BLOCK_MODULES:
+            before, after = "l " * source.stacked + before, "l " * target.stacked + after
+        rows.append(
+            (name(source, slot), name(target, slot._replace(block=None) if target.stacked else slot), f"{before} -> {after}")
+        )
+    return rows
+
+
 def detect(names: Collection[str]) -> Layout:
     """The layout whose names these are, or nearly are. Raises CheckpointError if no block of a Mixer is among them."""
-    spelt = [spelling for layout in LAYOUTS.values() for spelling in (layout, *layout.spellings)]
-    best = max(spelt, key=lambda layout: len(_block_names(names, layout)))
+    best = max(_spelt(), key=lambda layout: len(_block_names(names, layout)))
     if not _block_names(names, best):
         what = next((what for what, marks in FOREIGN.items() if any(n.startswith(marks) for n in names)), None)
         raise CheckpointError(
@@ -69,6 +86,11 @@ def detect(names: Collection[str]) -> Layout:
             f"  wanted, for example: {', '.join(_example(layout) for layout in LAYOUTS.values())}"
         )
     return best
+
+
+def is_block_name(name: str) -> bool:
+    """Whether it names an array of a Mixer block in any layout."""
+    return any(_block_names([name], layout) for layout in _spelt())
 
 
 def sizes_of(arrays: Arrays, layout: Layout) -> Sizes:
@@ -113,6 +135,11 @@ def shapes(layout: Layout, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...
 
 def shape_of(slot: Slot, layout: Layout, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(1 if size == "1" else sizes[size] for size in _axis_sizes(layout, slot))
+
+
+def _spelt() -> list[Layout]:
+    """Every layout, and every other spelling that is read."""
+    return [spelling for layout in LAYOUTS.values() for spelling in (layout, *layout.spellings)]
 
 
 def _names(layout: Layout, sizes: Mapping[str, int]) -> dict[str, Slot]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 BASE_URL = "https://storage.googleapis.com/mixer_models/"
 HUB = "hf:"  # before owner/repository
+HUB_FILE = "model.safetensors"
 
 # name, variant, classes, MiB as the owners list it, top-1
 _BUCKET: tuple[tuple[str, str, int, float, float | None], ...] = (
@@ -19,10 +20,17 @@ _BUCKET: tuple[tuple[str, str, int, float, float | None], ...] = (
     ("gsam/Mixer-S_32", "S/32", 1000, 72.91, None),
     ("gsam/Mixer-S_8", "S/8", 1000, 78.79, None),
 )
-_COPY = "Google's weights in timm's names; trained with the tanh GELU, where timm computes the exact one"
+_COPY = "Google's weights under timm's names: trained with the tanh GELU, where timm computes the exact one"
 _WRONG_TAG = (
     f"{_COPY}; the tag ft_in1k is wrong: these are the ImageNet-1k files, and Mixers fine-tuned from ImageNet-21k were never "
-    "published (a Google author on timm's pull request 651)"
+    "published (a Google author on timm's pull request 651, where the accuracy is from)"
+)
+# name, variant, classes, top-1, note
+_HUB: tuple[tuple[str, str, int, float | None, str], ...] = (
+    ("hf:timm/mixer_b16_224.goog_in21k_ft_in1k", "B/16", 1000, 76.6, _WRONG_TAG),
+    ("hf:timm/mixer_l16_224.goog_in21k_ft_in1k", "L/16", 1000, 72.1, _WRONG_TAG),
+    ("hf:timm/mixer_b16_224.goog_in21k", "B/16", 21_843, None, _COPY),
+    ("hf:timm/mixer_l16_224.goog_in21k", "L/16", 21_843, None, _COPY),
 )
 
 
@@ -51,15 +59,10 @@ PUBLISHED = {
     name: Published(name, f"{name}.npz", variant, classes, mib=mib, top1=top1) for name, variant, classes, mib, top1 in _BUCKET
 }
 ON_HUB = {
-    file.name: file
-    for file in (  # the figures are those of the pull request
-        Published(
-            "hf:timm/mixer_b16_224.goog_in21k_ft_in1k", "model.safetensors", "B/16", 1000, top1=76.6, note=_WRONG_TAG
-        ),
-        Published(
-            "hf:timm/mixer_l16_224.goog_in21k_ft_in1k", "model.safetensors", "L/16", 1000, top1=72.1, note=_WRONG_TAG
-        ),
-        Published("hf:timm/mixer_b16_224.goog_in21k", "model.safetensors", "B/16", 21_843, note=_COPY),
-        Published("hf:timm/mixer_l16_224.goog_in21k", "model.safetensors", "L/16", 21_843, note=_COPY),
-    )
+    name: Published(name, HUB_FILE, variant, classes, top1=top1, note=note) for name, variant, classes, top1, note in _HUB
 }
+
+
+def is_published(name: str) -> bool:
+    """Whether a name is that of a file that can be fetched, and not a path."""
+    return name.startswith(HUB) or name.removesuffix(".npz") in PUBLISHED

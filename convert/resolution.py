@@ -1,7 +1,7 @@
 """Weights for another grid of patches: the paper's exact rule for whole multiples, and an approximate one for any grid.
 
 Both take and give google's names and axes. Only the token-mixing MLPs know the grid, so all other arrays are passed on as
-they are; what is changed is read when it is asked for.
+they are; what is changed is read when it is asked for. Grids are in patches, height first.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from .errors import CheckpointError
 from .layouts import GOOGLE
 from .mapping import Sizes, shapes, sizes_of
 
-Operations = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # by the name that follows the block's
+Operations = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # by what follows the block in a name
 
 
 def expanded(canonical: Arrays, *, old_grid: Size, factor: int) -> dict[str, Array]:
@@ -23,7 +23,7 @@ def expanded(canonical: Arrays, *, old_grid: Size, factor: int) -> dict[str, Arr
 
     S tokens become K² S and D_S becomes K² D_S. The paper's matrices are block-diagonal for the sequences of the K x K
     parts of the image, one after the other; tokens here are in row-major order over the whole image, so the matrices are
-    permuted. The logits are the mean of the old model's logits over the K x K crops. `old_grid` is in patches, height first.
+    permuted. The logits are the mean of the old model's logits over the K x K crops.
 
     Raises ValueError for a factor below 1, CheckpointError where the grid does not have as many patches as there are tokens.
     """
@@ -46,26 +46,26 @@ def expanded(canonical: Arrays, *, old_grid: Size, factor: int) -> dict[str, Arr
 
 
 def resampled(canonical: Arrays, *, old_grid: Size, new_grid: Size) -> dict[str, Array]:
-    """For any other grid, approximately: each token-mixing MLP works on the old grid, between two resamplings of the image.
+    """For any other grid, approximately: each token-mixing MLP works on the old grid, between two resamplings.
 
-    New MLP(x) = to_new(old MLP(to_old(x))), with the two linear maps multiplied into the kernels; D_S and the hidden
-    biases stay. Seen from the weights: the filters of Dense_0 are resampled as images and scaled so that they keep their
-    sum, those of Dense_1 and its bias are resampled and not scaled. An image constant over the tokens gives the hidden
-    units that it gave before. Sums are in float64, rounded to the arrays' dtype. Grids are in patches, height first; the
-    same grid gives the same arrays.
+    New MLP(x) = to_new(old MLP(to_old(x))), both linear maps multiplied into the kernels: the filters are resampled as
+    images over the grid, Dense_0's so that they keep their sums, Dense_1's and its bias so that they keep their values.
+    D_S stays. Tokens that are all the same give the hidden units that they gave before; on a grid no smaller either way,
+    tokens up-scaled by `interpolation` give the old output up-scaled, and resampling back gives the weights back. The whole
+    model is approximate: LayerNorm and the channel-mixing MLP do not commute with interpolation, nor does the stem.
 
-    Not the paper's rule and not exact: `expanded` is, where it applies. Raises ValueError for what is no grid,
-    CheckpointError where the old grid does not have as many patches as there are tokens.
+    Sums are in float64, rounded to the arrays' dtype; the same grid gives the same arrays. Not the paper's rule, which is
+    `expanded`. Raises ValueError for what is no grid, CheckpointError where the old one does not fit the number of tokens.
     """
     new = as_size(new_grid, "new_grid")
     old, sizes = _grid_and_sizes(canonical, old_grid)
     if new == old:
         return dict(canonical)
     to_new = [interpolation(a, b) for a, b in zip(old, new)]
-    from_old = [interpolation(b, a).T for a, b in zip(old, new)]  # the transposed map takes filters from the old grid
+    to_old_transposed = [interpolation(b, a).T for a, b in zip(old, new)]
 
     operations: Operations = {
-        "token_mixing/Dense_0/kernel": lambda w: rearrange(_over_grid(w.T, *from_old), "d n -> n d"),
+        "token_mixing/Dense_0/kernel": lambda w: rearrange(_over_grid(w.T, *to_old_transposed), "d n -> n d"),
         "token_mixing/Dense_1/kernel": lambda w: _over_grid(w, *to_new),
         "token_mixing/Dense_1/bias": lambda b: _over_grid(b, *to_new),
     }
@@ -75,12 +75,16 @@ def resampled(canonical: Arrays, *, old_grid: Size, new_grid: Size) -> dict[str,
 def interpolation(old: int, new: int) -> np.ndarray:
     """The (new, old) float64 matrix that resamples a line of `old` cells to `new`; its rows sum to one.
 
-    Linear between the centres of the cells, constant beyond the outermost; where cells grow, the triangle is as wide as a
-    new cell (antialiasing).
+    To more cells: cubic convolution between their centres (Keys 1981, a = -1/2), the weights within the line scaled up at
+    its ends. To fewer: the pseudo-inverse of the way back, so the line whose up-scaling is nearest. For Dense_0 on a larger
+    grid that is how FlexiViT (Beyer et al. 2023) resizes a patch embedding.
     """
+    if new < old:
+        return np.linalg.pinv(interpolation(new, old))
     centres = (np.arange(new) + 0.5) * old / new - 0.5
-    triangles = np.maximum(0, 1 - np.abs(np.arange(old) - centres[:, None]) / max(old / new, 1))
-    return triangles / triangles.sum(axis=1, keepdims=True)
+    d = np.abs(np.arange(old) - centres[:, None])
+    keys = np.where(d < 1, (1.5 * d - 2.5) * d**2 + 1, np.where(d < 2, ((2.5 - 0.5 * d) * d - 4) * d + 2, 0))
+    return keys / keys.sum(axis=1, keepdims=True)
 
 
 def _over_grid(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -92,25 +96,25 @@ def _over_grid(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.
 
 
 def _grid_and_sizes(canonical: Arrays, old_grid: Size) -> tuple[Size, Sizes]:
-    grid, sizes = as_size(old_grid, "old_grid"), sizes_of(canonical, GOOGLE)
-    if grid[0] * grid[1] != sizes["num_tokens"]:
-        raise CheckpointError(
-            f"old_grid {grid[0]}x{grid[1]} does not fit: it has {grid[0] * grid[1]} patches, "
-            f"and the weights are for {sizes['num_tokens']}"
-        )
-    return grid, sizes
+    (gh, gw), sizes = as_size(old_grid, "old_grid"), sizes_of(canonical, GOOGLE)
+    if gh * gw != sizes["num_tokens"]:
+        raise CheckpointError(f"old_grid {gh}x{gw} has {gh * gw} patches, and the weights are for {sizes['num_tokens']}")
+    return (gh, gw), sizes
 
 
 def _changed(canonical: Arrays, sizes: Sizes, operations: Operations) -> dict[str, Array]:
-    """The arrays for the new sizes, those of the operations' names changed when they are read."""
+    """The arrays, those with an operation changed when they are read to what a model of these sizes has."""
     new_shapes = shapes(GOOGLE, sizes)
 
-    def changed(name: str, array: Array, change: Callable[[np.ndarray], np.ndarray]) -> Array:
+    def array(name: str, old: Array) -> Array:
+        operation = operations.get(name.partition("/")[2])
+        if operation is None:
+            return old
+
         def read(index: int | None) -> np.ndarray:
-            values = change(np.asarray(array)).astype(array.dtype, copy=False)
+            values = np.ascontiguousarray(operation(np.asarray(old)), old.dtype)
             return values if index is None else values[index]
 
-        return LazyArray(new_shapes[name], array.dtype, read)
+        return LazyArray(new_shapes[name], old.dtype, read)
 
-    changes = {name: operations.get(name.partition("/")[2]) for name in canonical}
-    return {name: changed(name, array, c) if (c := changes[name]) else array for name, array in canonical.items()}
+    return {name: array(name, old) for name, old in canonical.items()}

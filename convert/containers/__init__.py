@@ -6,8 +6,10 @@ chosen by the ending of the name when written. torch and orbax are imported with
 """
 
 import importlib
+import json
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +24,30 @@ ENDINGS = {".npz": "npz", ".safetensors": "safetensors", ".pt": "pt", ".pth": "p
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds: arrays by name, and what it says of them besides (None if nothing)."""
+    """What a file holds: arrays by name, what it says of them besides (None if nothing), and what else is in it."""
 
     arrays: Mapping[str, Array]
     metadata: Mapping[str, Any] | None = None
+    others: Sequence[str] = ()
+
+
+def sealed(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata with a checksum, since not every format has one for it."""
+    return {**metadata, "crc32": _crc(metadata)} if metadata else {}
+
+
+def unsealed(found: Any) -> dict[str, Any]:
+    """Metadata without its checksum. Raises CheckpointError where the two do not agree."""
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"metadata that is not understood: {found!r}")
+    metadata = {name: value for name, value in found.items() if name != "crc32"}
+    if "crc32" in found and found["crc32"] != _crc(metadata):
+        raise CheckpointError("its metadata is not what was written (CRC-32): fetch or write the file again")
+    return metadata
+
+
+def _crc(metadata: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(metadata, sort_keys=True).encode()):08x}"
 
 
 def for_reading(path: Path) -> str:

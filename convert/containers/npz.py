@@ -19,11 +19,10 @@ import numpy as np
 from ..arrays import Array, LazyArray
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
-from ..files import OpenFile
+from ..files import CHUNK, OpenFile, Span
 from . import Content
 
 MOST_DEFLATED = 1032  # no deflate stream grows by more, so a larger claim is a lie
-CHUNK = 1 << 20
 
 
 def read(path: Path) -> Content:
@@ -60,64 +59,51 @@ def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] |
 
 
 class _Member:
-    """One member of the zip: its bytes, checked."""
+    """One member of the zip: its bytes, inflated and checked."""
 
     def __init__(self, file: OpenFile, info: zipfile.ZipInfo):
         if not info.filename.endswith(".npy"):
             raise CheckpointError("not an array (.npy)")
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise CheckpointError("encrypted, or compressed in a way that NumPy does not write")
-        self.name = info.filename
-        self.file, self.size, self.packed, self.crc = file, info.file_size, info.compress_size, info.CRC
+        self.name, self.size, self.crc = info.filename, info.file_size, info.CRC
         self.stored = info.compress_type == zipfile.ZIP_STORED
         local = file.read(info.header_offset, 30).tobytes()
         if not local.startswith(b"PK\x03\x04"):
             raise CheckpointError("the zip's directory points at something else: damaged")
-        self.offset = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
-        limit = self.packed if self.stored else self.packed * MOST_DEFLATED + CHUNK
-        if self.offset + self.packed > file.size or self.size > limit:
+        offset = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
+        limit = info.compress_size if self.stored else info.compress_size * MOST_DEFLATED + CHUNK
+        if offset + info.compress_size > file.size or self.size > limit:
             raise CheckpointError(f"claims {self.size} bytes, more than the file can hold")
-        self.checked = False
+        self.packed = Span(file, offset, info.compress_size, info.CRC if self.stored else None)
 
     def start(self, count: int) -> bytes:
-        packed = self.file.read(self.offset, min(count if self.stored else CHUNK, self.packed)).tobytes()
-        return packed if self.stored else self._inflate(zlib.decompressobj(-15), packed, count)
+        """The first bytes, unchecked."""
+        packed = self.packed.file.read(self.packed.offset, min(count, self.packed.size))
+        return packed.tobytes() if self.stored else self._inflate(zlib.decompressobj(-15), packed, count)
 
     def all(self) -> np.ndarray:
         """Every byte. Raises CheckpointError where they are not the ones that were written."""
         if self.stored:
-            data = self.file.read(self.offset, self.size)
-            self._check(zlib.crc32(data))
-            return data
+            return self.packed.all()
         data, done, stream = np.empty(self.size, np.uint8), 0, zlib.decompressobj(-15)
-        for at in range(0, self.packed, CHUNK):
-            packed = self.file.read(self.offset + at, min(CHUNK, self.packed - at)).tobytes()
-            piece = self._inflate(stream, packed, self.size - done + 1)
-            if done + len(piece) > self.size:
-                raise CheckpointError("inflates to more than it says: damaged")
-            data[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
-            done += len(piece)
-        self._check(zlib.crc32(data[:done]))
+        for at in range(0, self.packed.size, CHUNK):
+            packed = self.packed.part(at, min(CHUNK, self.packed.size - at)).tobytes()
+            while packed and not stream.eof:
+                piece = self._inflate(stream, packed, self.size - done + 1)
+                if done + len(piece) > self.size:
+                    raise CheckpointError("inflates to more than it says: damaged")
+                data[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+                done, packed = done + len(piece), stream.unconsumed_tail
+        if zlib.crc32(data[:done]) != self.crc:
+            raise CheckpointError("its bytes are not the ones that were written (CRC-32): fetch or write the file again")
         return data
 
     def part(self, start: int, count: int) -> np.ndarray:
-        """Some bytes; the whole is checked the first time."""
-        if not self.stored:
-            return self.all()[start : start + count]
-        if not self.checked:
-            crc = 0
-            for at in range(0, self.size, CHUNK):
-                crc = zlib.crc32(self.file.read(self.offset + at, min(CHUNK, self.size - at)), crc)
-            self._check(crc)
-        return self.file.read(self.offset + start, count)
-
-    def _check(self, crc: int) -> None:
-        if crc != self.crc:
-            raise CheckpointError("its bytes are not the ones that were written (CRC-32): fetch or write the file again")
-        self.checked = True
+        return self.packed.part(start, count) if self.stored else self.all()[start : start + count]
 
     @staticmethod
-    def _inflate(stream: Any, packed: bytes, most: int) -> bytes:
+    def _inflate(stream: Any, packed: Any, most: int) -> bytes:
         try:
             return stream.decompress(packed, most)
         except zlib.error as error:
@@ -130,8 +116,8 @@ def _lazy(member: _Member) -> LazyArray:
         version = np.lib.format.read_magic(header)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, stored_dtype = read_header(header)
-    except (ValueError, KeyError, SyntaxError, TypeError) as error:
-        raise CheckpointError(f"not an .npy array ({error})") from None
+    except Exception as error:  # a damaged header can fail in any way that parsing Python can
+        raise CheckpointError(f"not an .npy array ({type(error).__name__}: {error})") from None
     if stored_dtype.hasobject:
         raise CheckpointError("an object array: loading it would run code from the file, so it is never loaded")
     start, count = header.tell(), int(np.prod(shape, dtype=object)) * stored_dtype.itemsize
@@ -159,7 +145,9 @@ def _lazy(member: _Member) -> LazyArray:
 
 def _said(comment: bytes) -> Mapping[str, Any] | None:
     """Our part of the zip's comment; anything else there is somebody else's remark."""
-    try:
-        return json.loads(comment).get("mixer_jax")
-    except (ValueError, AttributeError):
+    if b"mixer_jax" not in comment and b"crc32" not in comment:
         return None
+    try:
+        return json.loads(comment)["mixer_jax"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"its zip comment is damaged ({type(error).__name__}: {error})") from None

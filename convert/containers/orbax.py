@@ -10,6 +10,7 @@ import numpy as np
 
 from ..arrays import Array
 from ..errors import CheckpointError
+from ..wrappers import flattened
 from . import Content
 
 try:
@@ -30,8 +31,8 @@ def read(path: Path) -> Content:
             restored = checkpointer.restore(path, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise whatever was underneath
         raise CheckpointError(f"Orbax cannot restore it: {_reason(error)}") from None
-    arrays = {name: np.asarray(array) for name, array in _flat(restored["params"])}
-    return Content(arrays, restored.get("metadata"))
+    arrays, others = flattened(restored["params"])
+    return Content({name: np.asarray(array) for name, array in arrays.items()}, restored.get("metadata"), others)
 
 
 def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None) -> None:
@@ -64,9 +65,3 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
 
 def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(tree, Mapping):
-        return [(prefix, tree)]
-    return [leaf for key, value in tree.items() for leaf in _flat(value, f"{prefix}/{key}" if prefix else str(key))]

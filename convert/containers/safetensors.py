@@ -1,11 +1,13 @@
 """safetensors: eight bytes of header length, a JSON header, the arrays' bytes back to back.
 
 Written here rather than with the library of that name because that one wants every array in memory before it writes the
-first; tests hold both against each other. Our metadata is the JSON string under "mixer_jax" in `__metadata__`.
+first; tests hold both against each other. In `__metadata__` are our metadata, as JSON under "mixer_jax", and the CRC-32 of each
+array under "checksums", since the format has none of its own.
 """
 
 import json
 import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 from ..arrays import Array, LazyArray
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
-from ..files import OpenFile
+from ..files import OpenFile, Span
 from . import Content
 
 DTYPES = {"BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "C64": "complex64", "BOOL": "bool"}
@@ -33,7 +35,10 @@ def read(path: Path) -> Content:
         header = json.loads(file.read(8, length).tobytes(), object_pairs_hook=_no_name_twice)
         said = header.pop("__metadata__", {})
         arrays = {name: (DTYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-        metadata = json.loads(said["mixer_jax"]) if "mixer_jax" in said else None
+        ours = [value for name, value in said.items() if name == "mixer_jax" or "crc32" in value]
+        metadata = json.loads(said["mixer_jax"]) if ours else None
+        checksums = json.loads(said.get("checksums", "{}"))
+        checksums = {name: int(checksums[name], 16) if checksums else None for name in arrays}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"a damaged safetensors header ({type(error).__name__}: {error})") from None
 
@@ -43,7 +48,8 @@ def read(path: Path) -> Content:
         whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
         if not whole or begin != reached or end - begin != int(np.prod(shape, dtype=object)) * dtype.itemsize:
             raise CheckpointError(f"a damaged safetensors header: {name} has shape {shape} in bytes {begin} to {end}")
-        reached, lazy[name] = end, _lazy(file, 8 + length + begin, shape, dtype)
+        span = Span(file, 8 + length + begin, end - begin, checksums[name])
+        reached, lazy[name] = end, _lazy(name, span, shape, dtype)
     if 8 + length + reached != file.size:
         raise CheckpointError(f"truncated or damaged: {8 + length + reached} bytes announced, the file has {file.size}")
     return Content({name: lazy[name] for name in arrays}, metadata)
@@ -51,26 +57,40 @@ def read(path: Path) -> Content:
 
 def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None) -> None:
     said = {"format": "pt"} if any("." in name for name in arrays) else {}  # what PyTorch's own loaders ask for
-    header: dict[str, Any] = {"__metadata__": said | ({"mixer_jax": json.dumps(metadata)} if metadata else {})}
+    said |= {"mixer_jax": json.dumps(metadata)} if metadata else {}
+    checksums = dict.fromkeys(arrays, "00000000")  # filled in when the arrays have been seen
+    header: dict[str, Any] = {"__metadata__": said | {"checksums": json.dumps(checksums)}}
     codes, reached = {name: code for code, name in DTYPES.items()}, 0
     for name, array in arrays.items():
         end = reached + int(np.prod(array.shape)) * array.dtype.itemsize
         header[name] = {"dtype": codes[array.dtype.name], "shape": list(array.shape), "data_offsets": [reached, end]}
         reached = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the arrays start aligned
+
+    def front() -> bytes:
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # so that the arrays start aligned
+        return struct.pack("<Q", len(text)) + text
+
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8))
+        file.write(front())
+        for name, array in arrays.items():
+            data = np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8)
+            file.write(data)
+            checksums[name] = f"{zlib.crc32(data):08x}"
+        header["__metadata__"]["checksums"] = json.dumps(checksums)
+        file.seek(0)
+        file.write(front())
 
 
-def _lazy(file: OpenFile, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
+def _lazy(name: str, span: Span, shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
     def read(index: int | None) -> np.ndarray:
-        item = shape if index is None else shape[1:]
-        count = int(np.prod(item)) * dtype.itemsize
-        start = offset if index is None else offset + range(shape[0])[index] * count
-        return file.read(start, count).view(dtype).reshape(item)
+        try:
+            if index is None:
+                return span.all().view(dtype).reshape(shape)
+            item = span.size // shape[0]
+            return span.part(range(shape[0])[index] * item, item).view(dtype).reshape(shape[1:])
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
 
     return LazyArray(shape, dtype, read)
 

@@ -1,0 +1,128 @@
+"""A damaged file is an error, or its damage touches neither an array nor what the file says of them."""
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import random_weights
+
+import convert
+from convert import Checkpoint, CheckpointError, MixerConfig
+from convert.mapping import same_bytes
+
+TINIEST = MixerConfig(
+    patch_size=(1, 1),
+    image_size=(1, 2),
+    num_blocks=1,
+    hidden_dim=2,
+    tokens_mlp_dim=1,
+    channels_mlp_dim=1,
+    num_classes=2,
+    in_channels=1,
+)
+ENDINGS = [".npz", ".safetensors", pytest.param(".pt", marks=pytest.mark.torch), ""]
+
+
+@pytest.fixture
+def original() -> Checkpoint:
+    """With an epsilon that no layout has, so that losing it would show."""
+    weights = Checkpoint.from_arrays(random_weights(TINIEST))
+    return weights.with_metadata(layer_norm_epsilon=3e-5, labels=("cat", "dog")).with_image_size((1, 2))
+
+
+def is_refused_or_whole(path, original) -> bool:
+    """True if refused. Fails where it is read as something else."""
+    refusal = None
+    try:
+        read = convert.read(path, num_blocks=1)
+        arrays = read.to("google").as_numpy()
+    except CheckpointError as error:
+        refusal = str(error)
+    if refusal is not None:
+        assert refusal.startswith(str(path))
+        return True
+    assert arrays.keys() == original.arrays.keys()
+    assert all(same_bytes(array, original.arrays[name]) for name, array in arrays.items())
+    assert read.metadata == original.metadata
+    return False
+
+
+def flips_are_refused_or_harmless(folder, path, original, step: int, start: int = 0) -> tuple[int, int]:
+    """Flip every `step`-th bit of every file there is; how many were refused, of how many."""
+    refused = tried = 0
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    for file in files:
+        whole = file.read_bytes()
+        for bit in range(start, 8 * len(whole), step):
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            tried += 1
+            refused += is_refused_or_whole(path, original)
+        file.write_bytes(whole)
+    assert not is_refused_or_whole(path, original)
+    return refused, tried
+
+
+def written(tmp_path, original, ending, layout):
+    path = tmp_path / f"w{ending}"
+    convert.write(path, original, layout=layout)
+    return path
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_flipped_bits_are_refused_or_harmless(tmp_path, original, ending):
+    path = written(tmp_path, original, ending, "flax" if ending in ("", ".npz") else "timm")
+    refused, tried = flips_are_refused_or_harmless(
+        tmp_path, path, original, step={".safetensors": 61, "": 2999}.get(ending, 499)
+    )
+    assert 0.2 * tried < refused <= tried
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_flipped_bit_is_refused_or_harmless(tmp_path, original, ending):
+    """Of Orbax's folder every 31st: restoring one takes some twenty milliseconds."""
+    path = written(tmp_path, original, ending, "flax" if ending in ("", ".npz") else "timm")
+    refused, tried = flips_are_refused_or_harmless(tmp_path, path, original, step=1 if ending else 31)
+    print(f"{ending or 'Orbax'}: {refused} of {tried} flips refused, the others harmless")
+
+
+def test_flipped_bits_of_a_deflated_npz_are_refused_or_harmless(tmp_path, original):
+    np.savez_compressed(tmp_path / "w.npz", **original.arrays)
+    plain = Checkpoint.from_arrays(original.arrays)
+    flips_are_refused_or_harmless(tmp_path, tmp_path / "w.npz", plain, step=331)
+
+
+@pytest.mark.parametrize("missing", ["metadata", "params"])
+def test_an_orbax_folder_without_a_part_is_refused_or_says_nothing(tmp_path, original, missing):
+    path = written(tmp_path, original, "", "flax")
+    shutil.rmtree(path / missing)
+    if missing == "params":
+        with pytest.raises(CheckpointError, match=f"^{path}: "):
+            convert.read(path)
+    else:
+        assert not convert.read(path).stated
+
+
+def test_a_safetensors_of_another_writer_cannot_be_verified(tmp_path, original, capsys):
+    from safetensors.numpy import save_file
+
+    from convert.__main__ import main
+
+    save_file(original.as_numpy(), tmp_path / "theirs.safetensors")
+    convert.write(tmp_path / "ours.safetensors", original)
+    for name, verdict in (("theirs", "cannot be verified: the file has no checksums"), ("ours", "as written, by the file's")):
+        assert main(["inspect", str(tmp_path / f"{name}.safetensors")]) == 0
+        assert verdict in capsys.readouterr().out
+
+
+def test_a_fingerprint_that_is_not_the_arrays_is_refused(tmp_path, original, capsys, monkeypatch):
+    """The arrays' checksums could be made anew; the fingerprint would still tell."""
+    from convert import checkpoint
+    from convert.__main__ import main
+
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda arrays, layout: "0" * 64)
+    convert.write(tmp_path / "w.safetensors", original)
+    assert main(["inspect", str(tmp_path / "w.safetensors")]) == 1
+    assert "states the fingerprint 0000" in capsys.readouterr().err
