@@ -25,7 +25,7 @@ A2B = {f"{a}2{b}": (layout_named(a).name, layout_named(b).name) for a, b in iter
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and ("--to" in argv or os.path.exists(argv[0])):
+    if argv and argv[0] not in (*A2B, "convert") and ("--to" in argv or os.path.exists(argv[0])):
         argv.insert(0, "convert")  # the verb goes without saying
     arguments = _parser().parse_args(argv)
     return guarded(lambda: arguments.run(arguments))
@@ -60,7 +60,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     facts, arrays = _facts(checkpoint, Path(arguments.source)), _statistics(checkpoint)
     if checkpoint.claimed not in (None, facts["fingerprint"]):
         raise CheckpointError(
-            f"{arguments.source}: states the fingerprint {checkpoint.claimed} and its arrays have {facts['fingerprint']}: damaged"
+            f"{arguments.source}: damaged: states the fingerprint {checkpoint.claimed}, its arrays have {facts['fingerprint']}"
         )
     if arguments.json:
         print(json.dumps(facts | {"arrays": arrays}))

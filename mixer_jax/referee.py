@@ -63,7 +63,7 @@ def _layer_norm(config: MixerConfig, w: Mapping[str, np.ndarray], name: str, x: 
 def gelu(x: np.ndarray, form: str) -> np.ndarray:
     """Gaussian error linear unit (Hendrycks and Gimpel 2016): "exact" by erf, "tanh" by their approximation."""
     if form == "tanh":
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x * x * x)))
     from scipy.special import erf
 
     return 0.5 * x * (1 + erf(x / np.sqrt(2)))

@@ -275,6 +275,39 @@ def test_two_members_of_one_name_are_refused(tmp_path):
         convert.read(tmp_path / "twice.npz")
 
 
+@pytest.mark.parametrize("name", ["../stem/kernel", "/etc/passwd", "C:\\stem"])
+def test_member_names_are_names_and_never_paths(tmp_path, name):
+    weights = random_weights(TINY) | {name: np.zeros(2, "float32")}
+    np.savez(tmp_path / "w.npz", **weights)
+    with pytest.raises(CheckpointError, match="unknown: "):
+        convert.read(tmp_path / "w.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["w.npz"]
+
+
+def test_of_two_writers_to_one_target_one_wins_whole(tmp_path):
+    """Started together in two processes; the target is one of the two files, whole, and nothing else is left."""
+    for seed in (0, 1):
+        put(tmp_path / f"{seed}.npz", random_weights(TINY.replace(channels_mlp_dim=999), seed))
+    for force in ([], ["--force"]):
+        target = tmp_path / "target.npz"
+        target.unlink(missing_ok=True)
+        commands = [
+            [sys.executable, "-m", "convert", "npz2timm", str(tmp_path / f"{seed}.npz"), str(target), *force] for seed in (0, 1)
+        ]
+        processes = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
+        said = [process.communicate()[1] for process in processes]
+        codes = sorted(process.returncode for process in processes)
+        assert codes == ([0, 0] if force else [0, 1]), said
+        if not force:
+            assert "exists already" in "".join(said) or "appeared while it was being written" in "".join(said)
+        read = convert.read(target).to("google").as_numpy()
+        assert any(
+            all(np.array_equal(read[k], v) for k, v in random_weights(TINY.replace(channels_mlp_dim=999), s).items())
+            for s in (0, 1)
+        )
+        assert {path.name for path in tmp_path.iterdir()} == {"0.npz", "1.npz", "target.npz"}
+
+
 def test_a_size_beyond_the_file_is_refused_before_memory_is_taken(tmp_path):
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)})

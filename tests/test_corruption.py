@@ -88,6 +88,22 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path, original, ending):
     print(f"{ending or 'Orbax'}: {refused} of {tried} flips refused, the others harmless")
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_file_cut_at_any_length_is_refused(tmp_path, original, ending):
+    path = written(tmp_path, original, ending, "flax" if ending in ("", ".npz") else "timm")
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() and file.stat().st_size]
+    refused = tried = 0
+    for file in files:
+        whole = file.read_bytes()
+        for length in range(0, len(whole), 1 if ending else max(1, len(whole) // 12)):
+            file.write_bytes(whole[:length])
+            tried += 1
+            refused += is_refused_or_whole(path, original)
+        file.write_bytes(whole)
+    # Orbax keeps notes and copies of its own besides, which nothing needs
+    assert refused == tried if ending else refused > 0.2 * tried
+
+
 def test_flipped_bits_of_a_deflated_npz_are_refused_or_harmless(tmp_path, original):
     np.savez_compressed(tmp_path / "w.npz", **original.arrays)
     plain = Checkpoint.from_arrays(original.arrays)

@@ -124,11 +124,24 @@ def test_expanded_by_one_is_bit_equal(dtype):
     assert bits(expanded(weights, old_grid=(2, 10), factor=2)) != bits(expanded(weights, old_grid=TINY.grid, factor=2))
 
 
-def test_expanded_copies_every_bit():
+@configs
+def test_expanded_biases_are_copies_in_each_part(config):
+    """Logits cannot tell: Dense_1 adds one number to all channels of a token, which every LayerNorm takes away."""
+    weights = random_weights(config)
+    large = expanded(weights, old_grid=config.grid, factor=2)
+    hidden, out = (f"MixerBlock_2/token_mixing/Dense_{i}/bias" for i in (0, 1))
+    (h, w), tokens = config.grid, np.asarray(large[out])
+    assert np.array_equal(tokens, repeat(weights[out], "(r c) -> (p r q c)", p=2, r=h, q=2, c=w))
+    assert not np.array_equal(tokens, np.tile(weights[out], 4))
+    assert np.array_equal(np.asarray(large[hidden]), np.tile(weights[hidden], 4))
+
+
+@pytest.mark.parametrize("end", KERNELS)
+def test_expanded_copies_every_bit(end):
     """Zeros off the diagonal are +0, and a NaN spreads to nothing."""
     weights = random_weights(TINY)
-    weights["MixerBlock_1/token_mixing/Dense_0/kernel"][3, 4] = np.nan
-    kernel = np.asarray(expanded(weights, old_grid=TINY.grid, factor=3)["MixerBlock_1/token_mixing/Dense_0/kernel"])
+    weights[f"MixerBlock_1/{end}"][3, 4] = np.nan
+    kernel = np.asarray(expanded(weights, old_grid=TINY.grid, factor=3)[f"MixerBlock_1/{end}"])
     assert np.isnan(kernel).sum() == 9
     assert np.count_nonzero(kernel.view(np.uint32)) == 9 * 20 * 11
 

@@ -29,6 +29,10 @@ def read(path: Path) -> Content:
     file = OpenFile(path)
     with zipfile.ZipFile(path) as archive:
         members, comment = archive.infolist(), archive.comment
+    # zipfile takes a comment that is cut short; its length stands before it.
+    end = file.read(file.size - len(comment) - 22, 22).tobytes()
+    if not (end.startswith(b"PK\x05\x06") and struct.unpack("<H", end[20:]) == (len(comment),)):
+        raise CheckpointError("truncated, or with something after its end: fetch or write it again")
     twice = [name for name, count in Counter(m.filename for m in members).items() if count > 1]
     if twice:
         raise CheckpointError(f"two members of one name: {', '.join(twice[:3])}")
