@@ -43,8 +43,8 @@ def convert(arguments: argparse.Namespace) -> None:
     checkpoint = _changed(checkpoint, arguments)
     target = layout_named(target or usual_layout(arguments.target)).name
     if arguments.dry_run:
-        rows = mapping.plan(checkpoint.arrays, checkpoint.layout, layout_named(target))
-        rows = [[*row, checkpoint.dtype.name] for row in rows]
+        plan = mapping.plan(checkpoint.arrays, checkpoint.layout, layout_named(target))
+        rows = [[*row, checkpoint.dtype.name] for row in plan]
         _print_table(["source", "target", "axes", "dtype"], rows, arguments.json)
         return
     bytes_moved = 2 * checkpoint.num_parameters * checkpoint.dtype.itemsize  # written, then compared

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import numpy as np
 
 from . import containers, mapping, resolution
-from .arrays import Array, Arrays, LazyArray, changed, derived
+from .arrays import Array, Arrays, LazyArray, changed, derived, same_bytes
 from .config import VARIANTS, Gelu, MixerConfig, Size, as_size, variant_letter, variant_sizes
 from .dtypes import WEIGHTS, as_dtype
 from .errors import CheckpointError
 from .files import whole_or_nothing
-from .identity import fingerprint
+from .identity import digest, fingerprint_of
 from .layouts import GOOGLE, USUAL_LAYOUT, Layout, layout_named
 from .published import is_published
 from .wrappers import flattened, unwrapped
@@ -422,16 +422,18 @@ def write(
     format = containers.module(name)
     # Google's files say nothing, so an .npz of ours says only what saying nothing would not mean.
     said = checkpoint.metadata.said(beyond=Metadata.default(checkpoint.layout) if name == "npz" else None)
-    if name == "safetensors":
-        said["fingerprint"] = fingerprint(checkpoint.arrays, checkpoint.layout)
     said = containers.sealed(said)
     arrays = _counting(checkpoint.arrays, progress)
     size = checkpoint.num_parameters * checkpoint.dtype.itemsize
     with whole_or_nothing(path, size=size, force=force) as written:
-        format.write(written, arrays, said)
+        if name == "safetensors":
+            canonical, so_far = _fingerprinting(arrays, checkpoint.layout)
+            format.write(written, mapping.from_canonical(canonical, checkpoint.layout), said, so_far)
+        else:
+            format.write(written, arrays, said)
         back = format.read(written)
         wrong = sorted(arrays.keys() ^ back.arrays.keys())
-        wrong = wrong or [k for k, array in arrays.items() if not mapping.same_bytes(array, back.arrays[k])]
+        wrong = wrong or [k for k, array in arrays.items() if not same_bytes(array, back.arrays[k])]
         if wrong or (back.metadata or {}) != said:
             raise CheckpointError(f"{path}: what was written does not read back the same: {', '.join(wrong[:3]) or 'metadata'}")
 
@@ -448,13 +450,28 @@ def _open(path: Path, key: str | None, allow_nonfinite: bool) -> Checkpoint:
     if not content.arrays:
         raise CheckpointError("no arrays in it")
     said = containers.unsealed(content.metadata or {})
-    claimed = said.pop("fingerprint", None)
     checkpoint = Checkpoint.from_arrays(_naming(content.arrays, path), key=key, said=said, source=str(path))
     if content.others:
         some = ", ".join(content.others[:5])
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, f"{len(content.others)} entries are no arrays: {some}"))
-    checkpoint = replace(checkpoint, claimed=claimed)
+    checkpoint = replace(checkpoint, claimed=content.fingerprint)
     return checkpoint if allow_nonfinite else checkpoint.require_finite()
+
+
+def _fingerprinting(arrays: Arrays, layout: Layout) -> tuple[dict[str, Array], Callable[[], str]]:
+    """The canonical arrays, and the fingerprint of those that have been read through them: of all in the end."""
+    digests: dict[str, str] = {}
+
+    def record(name: str) -> Callable[[np.ndarray], np.ndarray]:
+        def change(values: np.ndarray) -> np.ndarray:
+            digests[name] = digest(values)
+            return values
+
+        return change
+
+    canonical = mapping.to_canonical(arrays, layout)
+    watched = {name: changed(array, array.dtype, record(name)) for name, array in canonical.items()}
+    return watched, lambda: fingerprint_of(digests)
 
 
 def _naming(arrays: Arrays, path: Path) -> Arrays:
@@ -467,7 +484,7 @@ def _naming(arrays: Arrays, path: Path) -> Arrays:
             except CheckpointError as error:
                 raise CheckpointError(f"{path}: {error}") from None
 
-        return LazyArray(array.shape, array.dtype, read)
+        return LazyArray(array.shape, array.dtype, read, by_item=getattr(array, "by_item", False))
 
     return {name: named(array) for name, array in arrays.items()}
 

@@ -1,26 +1,32 @@
 """Which weights these are: a fingerprint that no layout or format changes, and how two checkpoints differ."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Arrays
+from .arrays import Arrays, as_bytes, contiguous, same_bytes
 from .config import MixerConfig
 from .layouts import Layout
-from .mapping import same_bytes, to_canonical
+from .mapping import to_canonical
 from .published import PUBLISHED
 
 
 def fingerprint(arrays: Arrays, layout: Layout) -> str:
-    """SHA-256 over canonical names, dtypes, shapes and bytes, as 64 hexadecimal digits; reads every array once."""
-    digest = hashlib.sha256()
-    for name, array in to_canonical(arrays, layout).items():
-        values = np.ascontiguousarray(np.asarray(array))
-        digest.update(f"{name} {values.dtype.name} {values.shape}\n".encode())
-        digest.update(values.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
+    """Of weights in any layout; reads every array once."""
+    return fingerprint_of({name: digest(np.asarray(array)) for name, array in to_canonical(arrays, layout).items()})
+
+
+def fingerprint_of(digests: Mapping[str, str]) -> str:
+    """SHA-256, as 64 hexadecimal digits, over the canonical names and the digest of each array."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def digest(values: np.ndarray) -> str:
+    """Dtype, shape and the SHA-256 of the bytes of a canonical array."""
+    return f"{values.dtype.name} {values.shape} {hashlib.sha256(as_bytes(contiguous(values))).hexdigest()}"
 
 
 def can_be(config: MixerConfig) -> list[str]:

@@ -4,8 +4,6 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-import numpy as np
-
 from .arrays import Array, Arrays, item, rearranged, reshaped, stacked
 from .errors import CheckpointError
 from .layouts import BLOCK_MODULES, FOREIGN, GOOGLE, LAYOUTS, MODULES, Layout
@@ -232,11 +230,3 @@ def _example(layout: Layout) -> str:
 def _some(names: Collection[str]) -> str:
     listed = sorted(names)
     return ", ".join(listed[:3]) + (f", ... ({len(listed)})" if len(listed) > 3 else "")
-
-
-def same_bytes(a: Array, b: Array) -> bool:
-    """Whether two arrays have one shape, one dtype and the same bits (so NaN equals itself, 0.0 is not -0.0)."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    left, right = (np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8) for x in (a, b))
-    return np.array_equal(left, right)

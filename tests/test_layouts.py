@@ -10,9 +10,9 @@ from sides import of_referee
 
 import convert
 from convert import Checkpoint, CheckpointError, MixerConfig
+from convert.arrays import same_bytes
 from convert.identity import can_be, differences, fingerprint
 from convert.layouts import LAYOUTS
-from convert.mapping import same_bytes
 
 PAIRS = list(itertools.permutations(LAYOUTS, 2))
 

@@ -24,11 +24,13 @@ ENDINGS = {".npz": "npz", ".safetensors": "safetensors", ".pt": "pt", ".pth": "p
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds: arrays by name, what it says of them besides (None if nothing), and what else is in it."""
+    """What a file holds: arrays by name, what it says of them besides (None if nothing), the paths of what is no array,
+    and the fingerprint it states."""
 
     arrays: Mapping[str, Array]
     metadata: Mapping[str, Any] | None = None
     others: Sequence[str] = ()
+    fingerprint: str | None = None
 
 
 def sealed(metadata: Mapping[str, Any]) -> dict[str, Any]:

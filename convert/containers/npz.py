@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, LazyArray
+from ..arrays import Array, LazyArray, as_bytes, parts
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
 from ..files import CHUNK, OpenFile, Span
@@ -55,11 +55,13 @@ def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] |
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.comment = comment
         for name in sorted(arrays):
-            array = np.ascontiguousarray(np.asarray(arrays[name]))
-            if array.dtype.name == "bfloat16":
-                array = array.view("V2")
+            array = arrays[name]
+            stored_dtype = np.dtype("V2") if array.dtype.name == "bfloat16" else array.dtype
+            header = {"descr": np.lib.format.dtype_to_descr(stored_dtype), "fortran_order": False, "shape": array.shape}
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+                np.lib.format.write_array_header_1_0(member, header)
+                for values in parts(array):
+                    member.write(as_bytes(values))
 
 
 class _Member:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, LazyArray
+from ..arrays import Array, LazyArray, contiguous
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
 from ..wrappers import flattened
@@ -69,7 +69,7 @@ def from_torch(tensor: "torch.Tensor") -> LazyArray:
 
 def to_torch(array: Array) -> "torch.Tensor":
     """An array as a tensor of its own with the same bits."""
-    values = np.require(np.asarray(array), requirements=["C", "W"])
+    values = np.require(contiguous(np.asarray(array)), requirements=["C", "W"])
     if values.dtype.name == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)

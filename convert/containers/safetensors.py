@@ -8,13 +8,13 @@ array under "checksums", since the format has none of its own.
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, LazyArray
+from ..arrays import Array, LazyArray, as_bytes, parts
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
 from ..files import OpenFile, Span
@@ -52,14 +52,17 @@ def read(path: Path) -> Content:
         reached, lazy[name] = end, _lazy(name, span, shape, dtype)
     if 8 + length + reached != file.size:
         raise CheckpointError(f"truncated or damaged: {8 + length + reached} bytes announced, the file has {file.size}")
-    return Content({name: lazy[name] for name in arrays}, metadata)
+    return Content({name: lazy[name] for name in arrays}, metadata, fingerprint=said.get("fingerprint") or None)
 
 
-def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None) -> None:
+def write(
+    path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None, fingerprint: Callable[[], str] = lambda: ""
+) -> None:
+    """`fingerprint` is asked before the arrays are read and again after, for as many letters."""
     said = {"format": "pt"} if any("." in name for name in arrays) else {}  # what PyTorch's own loaders ask for
     said |= {"mixer_jax": json.dumps(metadata)} if metadata else {}
     checksums = dict.fromkeys(arrays, "00000000")  # filled in when the arrays have been seen
-    header: dict[str, Any] = {"__metadata__": said | {"checksums": json.dumps(checksums)}}
+    header: dict[str, Any] = {"__metadata__": said | {"checksums": json.dumps(checksums), "fingerprint": fingerprint()}}
     codes, reached = {name: code for code, name in DTYPES.items()}, 0
     for name, array in arrays.items():
         end = reached + int(np.prod(array.shape)) * array.dtype.itemsize
@@ -74,10 +77,12 @@ def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] |
     with open(path, "wb") as file:
         file.write(front())
         for name, array in arrays.items():
-            data = np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8)
-            file.write(data)
-            checksums[name] = f"{zlib.crc32(data):08x}"
-        header["__metadata__"]["checksums"] = json.dumps(checksums)
+            crc = 0
+            for values in parts(array):
+                file.write(as_bytes(values))
+                crc = zlib.crc32(as_bytes(values), crc)
+            checksums[name] = f"{crc:08x}"
+        header["__metadata__"] |= {"checksums": json.dumps(checksums), "fingerprint": fingerprint()}
         file.seek(0)
         file.write(front())
 
