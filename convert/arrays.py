@@ -1,6 +1,7 @@
 """LazyArray: an array whose shape and dtype are known and whose values stay in the file until asked for."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -86,13 +87,38 @@ def changed(array: Array, dtype: np.dtype, change: Callable[[np.ndarray], np.nda
     return LazyArray(array.shape, dtype, lambda i: change(np.asarray(array if i is None else array[i])), by_item=by_item)
 
 
-def parts(array: Array) -> Iterator[np.ndarray]:
-    """The values in C order, item by item where that costs nothing, so that no more than one need be in memory."""
-    if getattr(array, "by_item", False):
-        for i in range(array.shape[0]):
-            yield contiguous(np.asarray(array[i]))
-    else:
-        yield contiguous(np.asarray(array))
+def parts(arrays: Arrays) -> Iterator[tuple[str, int | None, np.ndarray]]:
+    """Name, item and values in C order, item by item where that costs nothing (None: the whole).
+
+    Each is made in another thread while the one before is at work, and never more than that one.
+    """
+
+    def made() -> Iterator[tuple[str, int | None, np.ndarray]]:
+        for name, array in arrays.items():
+            for i in range(array.shape[0]) if getattr(array, "by_item", False) else [None]:
+                yield name, i, contiguous(np.asarray(array if i is None else array[i]))
+
+    iterator = made()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, iterator, None)
+        while (part := coming.result()) is not None:
+            coming = thread.submit(next, iterator, None)
+            yield part
+            del part
+
+
+def unequal(left: Arrays, right: Arrays) -> list[str]:
+    """The names that are on one side only, or whose arrays differ in shape, dtype or a bit."""
+    both = {name: array for name, array in left.items() if name in right and _alike(array, right[name])}
+    wrong = {name for name in left.keys() | right.keys() if name not in both}
+    for name, i, values in parts(both):
+        if name not in wrong and not same_bytes(values, np.asarray(right[name] if i is None else right[name][i])):
+            wrong.add(name)
+    return sorted(wrong)
+
+
+def _alike(a: Array, b: Array) -> bool:
+    return tuple(a.shape) == tuple(b.shape) and a.dtype == b.dtype
 
 
 def contiguous(values: np.ndarray) -> np.ndarray:
@@ -112,12 +138,10 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
 
 def same_bytes(a: Array, b: Array) -> bool:
     """Whether two arrays have one shape, one dtype and the same bits (so NaN equals itself, 0.0 is not -0.0)."""
-    if tuple(a.shape) != tuple(b.shape) or a.dtype != b.dtype:
+    if not _alike(a, b):
         return False
-    if getattr(a, "by_item", False):
-        return all(same_bytes(np.asarray(a[i]), np.asarray(b[i])) for i in range(a.shape[0]))
     left, right = (contiguous(np.asarray(x)).reshape(-1) for x in (a, b))
-    bits = np.dtype(f"u{a.dtype.itemsize}") if a.dtype.itemsize in (1, 2, 4, 8) else np.dtype(np.uint8)
+    bits = np.dtype(f"u{a.dtype.itemsize}")
     return np.array_equal(left.view(bits), right.view(bits))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import numpy as np
 
 from . import containers, mapping, resolution
-from .arrays import Array, Arrays, LazyArray, changed, derived, same_bytes
+from .arrays import Array, Arrays, LazyArray, changed, derived, unequal
 from .config import VARIANTS, Gelu, MixerConfig, Size, as_size, variant_letter, variant_sizes
 from .dtypes import WEIGHTS, as_dtype
 from .errors import CheckpointError
@@ -432,8 +432,7 @@ def write(
         else:
             format.write(written, arrays, said)
         back = format.read(written)
-        wrong = sorted(arrays.keys() ^ back.arrays.keys())
-        wrong = wrong or [k for k, array in arrays.items() if not same_bytes(array, back.arrays[k])]
+        wrong = unequal(arrays, back.arrays)
         if wrong or (back.metadata or {}) != said:
             raise CheckpointError(f"{path}: what was written does not read back the same: {', '.join(wrong[:3]) or 'metadata'}")
 

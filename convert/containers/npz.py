@@ -5,6 +5,7 @@ which np.load ignores.
 """
 
 import io
+import itertools
 import json
 import struct
 import zipfile
@@ -54,13 +55,14 @@ def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] |
         )
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.comment = comment
-        for name in sorted(arrays):
+        made = parts({name: arrays[name] for name in sorted(arrays)})
+        for name, pieces in itertools.groupby(made, key=lambda part: part[0]):
             array = arrays[name]
             stored_dtype = np.dtype("V2") if array.dtype.name == "bfloat16" else array.dtype
             header = {"descr": np.lib.format.dtype_to_descr(stored_dtype), "fortran_order": False, "shape": array.shape}
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
-                for values in parts(array):
+                for _, _, values in pieces:
                     member.write(as_bytes(values))
 
 

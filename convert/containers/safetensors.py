@@ -61,28 +61,26 @@ def write(
     """`fingerprint` is asked before the arrays are read and again after, for as many letters."""
     said = {"format": "pt"} if any("." in name for name in arrays) else {}  # what PyTorch's own loaders ask for
     said |= {"mixer_jax": json.dumps(metadata)} if metadata else {}
-    checksums = dict.fromkeys(arrays, "00000000")  # filled in when the arrays have been seen
-    header: dict[str, Any] = {"__metadata__": said | {"checksums": json.dumps(checksums), "fingerprint": fingerprint()}}
+    checksums = dict.fromkeys(arrays, 0)
+    header: dict[str, Any] = {"__metadata__": said}
     codes, reached = {name: code for code, name in DTYPES.items()}, 0
     for name, array in arrays.items():
         end = reached + int(np.prod(array.shape)) * array.dtype.itemsize
         header[name] = {"dtype": codes[array.dtype.name], "shape": list(array.shape), "data_offsets": [reached, end]}
         reached = end
 
-    def front() -> bytes:
+    def front() -> bytes:  # as long before the checksums are known as after
+        known = json.dumps({name: f"{crc:08x}" for name, crc in checksums.items()})
+        header["__metadata__"] |= {"checksums": known, "fingerprint": fingerprint()}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the arrays start aligned
         return struct.pack("<Q", len(text)) + text
 
     with open(path, "wb") as file:
         file.write(front())
-        for name, array in arrays.items():
-            crc = 0
-            for values in parts(array):
-                file.write(as_bytes(values))
-                crc = zlib.crc32(as_bytes(values), crc)
-            checksums[name] = f"{crc:08x}"
-        header["__metadata__"] |= {"checksums": json.dumps(checksums), "fingerprint": fingerprint()}
+        for name, _, values in parts(arrays):
+            file.write(as_bytes(values))
+            checksums[name] = zlib.crc32(as_bytes(values), checksums[name])
         file.seek(0)
         file.write(front())
 
