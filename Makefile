@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 LATEST := .venv-latest/bin
 
-.PHONY: demo test test-heavy test-latest lint format clean
+.PHONY: demo test test-heavy test-latest bench lint format clean
 
 demo: .venv/installed  ## train on digits, convert, compare; WEIGHTS=Mixer-B_16.npz starts from a released file
 	$(BIN)/python -m mixer_jax demo $(WEIGHTS)
@@ -17,6 +17,9 @@ test-heavy: .venv/installed  ## what takes minutes or gigabytes
 
 test-latest: .venv-latest/installed  ## the newest JAX and Flax on the newest Python found, without PyTorch
 	WITHOUT_TORCH=1 $(LATEST)/python -m pytest
+
+bench: .venv/installed  ## memory and time of conversions, some minutes
+	$(BIN)/python benchmarks/conversion.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -57,7 +57,7 @@ def convert(arguments: argparse.Namespace) -> None:
 def inspect(arguments: argparse.Namespace) -> None:
     arguments.allow_nonfinite = True  # they are counted, not refused
     checkpoint = read_asked(arguments)
-    facts, arrays = _facts(checkpoint, Path(arguments.source)), _statistics(checkpoint)
+    facts, arrays = _facts(checkpoint, Path(checkpoint.source)), _statistics(checkpoint)
     if checkpoint.claimed not in (None, facts["fingerprint"]):
         raise CheckpointError(
             f"{arguments.source}: damaged: states the fingerprint {checkpoint.claimed}, its arrays have {facts['fingerprint']}"

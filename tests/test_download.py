@@ -654,3 +654,28 @@ def test_the_note_on_the_wrong_tag():
     for name, file in ON_HUB.items():
         assert ("tag ft_in1k is wrong" in file.note) == name.endswith("ft_in1k")
         assert file.classes == (1000 if name.endswith("ft_in1k") else 21_843)
+
+
+def test_a_published_name_loads_like_a_file_and_then_offline(site, tmp_path, monkeypatch, capsys):
+    """The server has the weights of another, tiny Mixer under the published name; a mirror may."""
+    from conftest import GOLDENS
+
+    import mixer_jax
+    from convert.__main__ import main
+
+    square = GOLDENS["square"]
+    site.files = {FILE: square.weights_file.read_bytes()}
+    site.headers = [("x-goog-hash", md5(square.weights_file.read_bytes()))]
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("MIXER_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MIXER_JAX_BASE_URL", site.url)
+    assert mixer_jax.load(NAME).config == square.config
+    assert [path for path, _ in site.asked] == [f"/{FILE}"]
+    site.files.clear()
+    assert mixer_jax.load(NAME).config == square.config
+    assert len(site.asked) == 1
+    assert main(["download", NAME]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "cache" / FILE)
+    assert main(["inspect", NAME, "--json"]) == 0
+    assert main(["download", "imagenet1k/Mixer-Z_99"]) == 1
+    assert "is no published checkpoint; these are:" in capsys.readouterr().err
