@@ -109,8 +109,9 @@ class Checkpoint:
 
         `key` says which of several sets of weights is meant. `said` has entries of Metadata, the layout gives the others.
         """
-        flat, _ = flattened(arrays)
+        flat, others = flattened(arrays)
         weights, notes = unwrapped(flat, key)
+        notes += _left_out(others)
         layout = mapping.detect(weights.keys())
         metadata = Metadata.default(layout).updated(said or {})
         return cls(weights, layout, metadata, source, frozenset(said or ()), tuple(notes))
@@ -209,7 +210,8 @@ class Checkpoint:
 
         if target == self.dtype:
             return self
-        return self._with({name: changed(array, target, cast(name)) for name, array in self.arrays.items()})
+        arrays = {name: changed(array, target, cast(name)) for name, array in self.arrays.items()}
+        return replace(self, arrays=arrays, claimed=None)
 
     def with_metadata(self, **entries: Any) -> Self:
         """With other entries of Metadata: gelu, layer_norm_epsilon, image_size, preprocessing, labels."""
@@ -275,7 +277,8 @@ class Checkpoint:
                 "there is no exact rule; to resample the token filters, an approximation, say --resample or resample=True"
             )
         arrays = mapping.from_canonical(canonical, self.layout)
-        return replace(self, arrays=arrays, metadata=replace(self.metadata, image_size=size)).with_image_size(size)
+        metadata = replace(self.metadata, image_size=size)
+        return replace(self, arrays=arrays, metadata=metadata, claimed=None).with_image_size(size)
 
     def as_numpy(self) -> dict[str, np.ndarray]:
         """The arrays by name, read."""
@@ -313,7 +316,8 @@ class Checkpoint:
 
             return change
 
-        return self._with({name: changed(array, array.dtype, check(name)) for name, array in self.arrays.items()})
+        arrays = {name: changed(array, array.dtype, check(name)) for name, array in self.arrays.items()}
+        return replace(self, arrays=arrays)
 
     def require_variant(self, variant: str) -> None:
         """Raise CheckpointError unless the widths, depth and patch are those of a variant such as "B/16"."""
@@ -334,13 +338,11 @@ class Checkpoint:
                 f"If it is, say --blocks {found} or num_blocks={found}"
             )
 
-    def _with(self, arrays: Arrays) -> Self:
-        return replace(self, arrays=arrays)
-
     def _with_canonical(self, canonical: Arrays) -> Self:
         """Other weights in the same layout; labels stay only where the head does."""
         metadata = replace(self.metadata, labels=None)
-        return replace(self, arrays=mapping.from_canonical(canonical, self.layout), metadata=metadata)
+        arrays = mapping.from_canonical(canonical, self.layout)
+        return replace(self, arrays=arrays, metadata=metadata, claimed=None)
 
 
 def read(
@@ -450,11 +452,13 @@ def _open(path: Path, key: str | None, allow_nonfinite: bool) -> Checkpoint:
         raise CheckpointError("no arrays in it")
     said = containers.unsealed(content.metadata or {})
     checkpoint = Checkpoint.from_arrays(_naming(content.arrays, path), key=key, said=said, source=str(path))
-    if content.others:
-        some = ", ".join(content.others[:5])
-        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, f"{len(content.others)} entries are no arrays: {some}"))
-    checkpoint = replace(checkpoint, claimed=content.fingerprint)
+    notes = (*checkpoint.notes, *_left_out(content.others))
+    checkpoint = replace(checkpoint, notes=notes, claimed=content.fingerprint)
     return checkpoint if allow_nonfinite else checkpoint.require_finite()
+
+
+def _left_out(others: Sequence[str]) -> list[str]:
+    return [f"{len(others)} entries are no arrays: {', '.join(others[:5])}"] if others else []
 
 
 def _fingerprinting(arrays: Arrays, layout: Layout) -> tuple[dict[str, Array], Callable[[], str]]:

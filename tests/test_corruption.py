@@ -173,6 +173,19 @@ def test_a_safetensors_of_another_writer_cannot_be_verified(tmp_path, original, 
         assert verdict in capsys.readouterr().out
 
 
+def test_changed_weights_are_not_held_to_the_files_fingerprint(tmp_path, original, capsys):
+    from convert.__main__ import main
+
+    convert.write(tmp_path / "w.safetensors", original)
+    assert main(["inspect", str(tmp_path / "w.safetensors"), "--dtype", "float16"]) == 0
+    assert "float16" in capsys.readouterr().out
+    read = convert.read(tmp_path / "w.safetensors")
+    assert read.claimed
+    assert read.to("flax").claimed == read.claimed
+    for other in (read.astype("float16"), read.without_head(), read.with_selected_classes([1]), read.resized((2, 4))):
+        assert other.claimed is None
+
+
 def test_a_fingerprint_that_is_not_the_arrays_is_refused(tmp_path, original, capsys, monkeypatch):
     """The arrays' checksums could be made anew; the fingerprint would still tell."""
     from convert import checkpoint

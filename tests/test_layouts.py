@@ -168,6 +168,11 @@ def test_wrappers_are_taken_off_and_it_is_said(layout, prefix):
     assert read.notes == (f"weights taken from under {prefix!r}", "2 other arrays left out: opt, optimizer")
 
 
+def test_what_is_no_array_in_a_dictionary_is_said(square):
+    read = Checkpoint.from_arrays({"params": square.weights, "epoch": 3, "name": "x"})
+    assert read.notes == ("weights taken from under 'params/'", "2 entries are no arrays: epoch, name")
+
+
 def test_an_optimisers_copy_of_the_tree_is_not_mistaken_for_weights():
     weights = random_weights(TINY)
     moments = prefixed("opt/0/mu/", {name: np.ones_like(array) for name, array in weights.items()})
