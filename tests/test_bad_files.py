@@ -327,7 +327,10 @@ def test_a_size_beyond_the_file_is_refused_before_memory_is_taken(tmp_path):
     ("header", "message"),
     [
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, r"a has shape \(2,\) in bytes 0 to 4"),
-        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, "a has shape"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, r"shape \[-1\] in bytes \[0, -4\]"),
+        ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, r"shape \[2.0\] in bytes"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}, "not enough values to unpack"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]}}, "in bytes"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, "a has shape"),
         ({"a": {"dtype": "Q9", "shape": [2], "data_offsets": [0, 8]}}, "KeyError: 'Q9'"),
         ({"a": {"dtype": "F32", "shape": [2]}}, "damaged safetensors header"),

@@ -34,7 +34,7 @@ def read(path: Path) -> Content:
     try:
         header = json.loads(file.read(8, length).tobytes(), object_pairs_hook=_no_name_twice)
         said = header.pop("__metadata__", {})
-        arrays = {name: (DTYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+        arrays = {name: _entry(**entry) for name, entry in header.items()}
         ours = [value for name, value in said.items() if name == "mixer_jax" or "crc32" in value]
         metadata = json.loads(said["mixer_jax"]) if ours else None
         checksums = json.loads(said.get("checksums", "{}"))
@@ -45,8 +45,7 @@ def read(path: Path) -> Content:
     reached, lazy = 0, {}
     for name, (dtype_name, shape, begin, end) in sorted(arrays.items(), key=lambda item: item[1][2:]):
         dtype = as_dtype(dtype_name)
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-        if not whole or begin != reached or end - begin != int(np.prod(shape, dtype=object)) * dtype.itemsize:
+        if begin != reached or end - begin != int(np.prod(shape, dtype=object)) * dtype.itemsize:
             raise CheckpointError(f"a damaged safetensors header: {name} has shape {shape} in bytes {begin} to {end}")
         span = Span(file, 8 + length + begin, end - begin, checksums[name])
         reached, lazy[name] = end, _lazy(name, span, shape, dtype)
@@ -83,6 +82,13 @@ def write(
             checksums[name] = zlib.crc32(as_bytes(values), checksums[name])
         file.seek(0)
         file.write(front())
+
+
+def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[str, tuple[int, ...], int, int]:
+    begin, end = data_offsets
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"shape {shape} in bytes {data_offsets}")
+    return DTYPES[dtype], tuple(shape), begin, end
 
 
 def _lazy(name: str, span: Span, shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
