@@ -103,6 +103,7 @@ def sizes_of(arrays: Arrays, layout: Layout) -> Sizes:
         raise CheckpointError("\n".join(lines))
 
     votes: dict[str, Counter[int]] = defaultdict(Counter)
+    wrong = []
     for name, slot in wanted.items():
         axes, shape = _axis_sizes(layout, slot), tuple(arrays[name].shape)
         if "1" in axes and len(axes) != len(shape):  # the axis is absent or repeated: only the rest says something
@@ -110,10 +111,11 @@ def sizes_of(arrays: Arrays, layout: Layout) -> Sizes:
         if len(axes) == len(shape):
             for size, length in zip(axes, shape):
                 votes[size][length] += 1
+        else:
+            wrong.append(f"  {name}: found {tuple(arrays[name].shape)}, wanted the axes ({', '.join(axes)})")
     sizes = sizes | {size: votes[size].most_common(1)[0][0] for size in votes if size not in ("1", "num_blocks")}
 
-    wrong = []
-    for name, slot in wanted.items():
+    for name, slot in wanted.items() if not wrong else ():
         shape, found = shape_of(slot, layout, sizes), tuple(arrays[name].shape)
         loose = "1" in _axis_sizes(layout, slot) and _without_ones(found) == _without_ones(shape)
         if found != shape and not loose:

