@@ -5,6 +5,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
 
-from . import containers, mapping, resolution
+from . import containers, mapping, memory, resolution
 from .arrays import Array, Arrays, LazyArray, changed, derived, unequal
 from .config import VARIANTS, Gelu, MixerConfig, Size, as_size, variant_letter, variant_sizes
 from .dtypes import WEIGHTS, as_dtype
 from .errors import CheckpointError
-from .files import whole_or_nothing
+from .files import sync, whole_or_nothing
 from .identity import digest, fingerprint_of
 from .layouts import GOOGLE, USUAL_LAYOUT, Layout, layout_named
 from .published import is_published
@@ -427,14 +428,20 @@ def write(
     said = containers.sealed(said)
     arrays = _counting(checkpoint.arrays, progress)
     size = checkpoint.num_parameters * checkpoint.dtype.itemsize
-    with whole_or_nothing(path, size=size, force=force) as written:
+    with (
+        memory.reused(),
+        ThreadPoolExecutor(1) as aside,
+        whole_or_nothing(path, size=size, force=force) as written,
+    ):
         if name == "safetensors":
-            canonical, so_far = _fingerprinting(arrays, checkpoint.layout)
+            canonical, so_far = _fingerprinting(arrays, checkpoint.layout, aside)
             format.write(written, mapping.from_canonical(canonical, checkpoint.layout), said, so_far)
         else:
             format.write(written, arrays, said)
+        synced = aside.submit(sync, written)
         back = format.read(written)
         wrong = unequal(arrays, back.arrays)
+        synced.result()
         if wrong or (back.metadata or {}) != said:
             raise CheckpointError(f"{path}: what was written does not read back the same: {', '.join(wrong[:3]) or 'metadata'}")
 
@@ -461,20 +468,30 @@ def _left_out(others: Sequence[str]) -> list[str]:
     return [f"{len(others)} entries are no arrays: {', '.join(others[:5])}"] if others else []
 
 
-def _fingerprinting(arrays: Arrays, layout: Layout) -> tuple[dict[str, Array], Callable[[], str]]:
-    """The canonical arrays, and the fingerprint of those that have been read through them: of all in the end."""
+def _fingerprinting(arrays: Arrays, layout: Layout, aside: ThreadPoolExecutor) -> tuple[dict[str, Array], Callable[[], str]]:
+    """The canonical arrays, and the fingerprint of those that have been read through them: of all in the end.
+
+    Digests are made in the thread `aside`, one array at a time, since all that wait would stay in memory.
+    """
     digests: dict[str, str] = {}
+    running: list[Future[str]] = []
+
+    def settled() -> dict[str, str]:
+        while running:
+            running.pop().result()
+        return digests
 
     def record(name: str) -> Callable[[np.ndarray], np.ndarray]:
         def change(values: np.ndarray) -> np.ndarray:
-            digests[name] = digest(values)
+            settled()
+            running.append(aside.submit(lambda: digests.setdefault(name, digest(values))))
             return values
 
         return change
 
     canonical = mapping.to_canonical(arrays, layout)
     watched = {name: changed(array, array.dtype, record(name)) for name, array in canonical.items()}
-    return watched, lambda: fingerprint_of(digests)
+    return watched, lambda: fingerprint_of(settled())
 
 
 def _naming(arrays: Arrays, path: Path) -> Arrays:

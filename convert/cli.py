@@ -13,6 +13,7 @@ from .checkpoint import Checkpoint, read
 from .config import Size, variant_sizes
 from .dtypes import WEIGHTS
 from .errors import CheckpointError
+from .files import CHUNK
 
 
 def guarded(command: Callable[[], object]) -> int:
@@ -40,7 +41,7 @@ def guarded(command: Callable[[], object]) -> int:
 def _give_memory_back() -> None:
     """Have glibc return every array's memory when it is freed, where it would keep what lies between living ones."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, CHUNK + (1 << 13))  # M_MMAP_THRESHOLD; what is gone in a moment stays below
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:

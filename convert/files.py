@@ -3,19 +3,22 @@
 import contextlib
 import os
 import shutil
+import struct
 import tempfile
 import threading
 import time
 import weakref
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from . import memory
 from .errors import CheckpointError
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18  # bytes, few enough to be worked on several times while they are in the processor's cache
 
 
 class OpenFile:
@@ -27,19 +30,31 @@ class OpenFile:
         weakref.finalize(self, self._file.close)
         self.size = os.fstat(self._file.fileno()).st_size
 
-    def read(self, offset: int, count: int) -> np.ndarray:
-        """`count` bytes from `offset` as uint8. Raises CheckpointError where the file ends before."""
+    def read(self, offset: int, count: int, seen: Callable[[memoryview], object] = lambda piece: None) -> np.ndarray:
+        """`count` bytes from `offset` as uint8; `seen` gets them piece by piece.
+
+        Raises CheckpointError where the file ends before.
+        """
         if offset < 0:
             raise CheckpointError(f"damaged: it points at byte {offset}")
-        buffer = np.empty(max(0, min(count, self.size - offset)), np.uint8)
+        buffer = memory.empty(max(0, min(count, self.size - offset)))
         view, done = memoryview(buffer), 0
         with self._lock:
             self._file.seek(offset)
-            while done < len(view) and (got := self._file.readinto(view[done:])):
+            while done < len(view) and (got := self._file.readinto(view[done : done + CHUNK])):
+                seen(view[done : done + got])
                 done += got
         if done != count:
             raise CheckpointError(f"truncated: {count} bytes wanted at {offset}, the file has {self.size}")
         return buffer
+
+
+def zip_data(file: OpenFile, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a zip's member begin."""
+    local = file.read(member.header_offset, 30).tobytes()
+    if not local.startswith(b"PK\x03\x04"):
+        raise CheckpointError("the zip's directory points at something else: damaged")
+    return member.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
 
 
 class Span:
@@ -50,18 +65,33 @@ class Span:
         self._checked = crc is None
 
     def all(self) -> np.ndarray:
-        data = self.file.read(self.offset, self.size)
-        if not self._checked:
-            self._check(zlib.crc32(data))
+        if self._checked:
+            return self.file.read(self.offset, self.size)
+        crc = 0
+
+        def add(piece: memoryview) -> None:
+            nonlocal crc
+            crc = zlib.crc32(piece, crc)
+
+        data = self.file.read(self.offset, self.size, add)
+        self._check(crc)
         return data
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All of them, piece by piece; the last piece is followed by the check."""
+        crc = 0
+        for at in range(0, self.size, CHUNK):
+            piece = self.file.read(self.offset + at, min(CHUNK, self.size - at))
+            crc = zlib.crc32(piece, crc)
+            yield piece
+        if not self._checked:
+            self._check(crc)
 
     def part(self, start: int, count: int) -> np.ndarray:
         """Some of them; the whole is checked the first time."""
         if not self._checked:
-            crc = 0
-            for at in range(0, self.size, CHUNK):
-                crc = zlib.crc32(self.file.read(self.offset + at, min(CHUNK, self.size - at)), crc)
-            self._check(crc)
+            for _ in self.pieces():
+                pass
         return self.file.read(self.offset + start, count)
 
     def _check(self, crc: int) -> None:
@@ -88,8 +118,7 @@ def whole_or_nothing(path: str | os.PathLike[str], *, size: int, force: bool = F
     try:
         written = scratch / path.name
         yield written
-        for file in [written, *written.rglob("*")] if written.is_dir() else [written]:
-            _sync(file)
+        sync(written)
         check_writable(path, force=force)
         if written.is_dir():
             if path.is_dir():
@@ -140,6 +169,12 @@ def _rename_to_new(written: Path, path: Path) -> None:
         raise CheckpointError(f"{path}: appeared while it was being written; the other one is kept") from None
     except OSError:  # a file system without hard links
         written.rename(path)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder and all that is in it, reach the disk."""
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        _sync(file)
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, random_weights
 
 import convert
-from convert import Checkpoint, CheckpointError, MixerConfig
+from convert import Checkpoint, CheckpointError, MixerConfig, containers, memory
 from convert.arrays import LazyArray
 from convert.layouts import LAYOUTS, MODULES
 
@@ -310,6 +310,82 @@ def test_what_does_not_read_back_the_same_is_not_kept(tmp_path, square, monkeypa
     with pytest.raises(CheckpointError, match="what was written does not read back the same: head/bias"):
         convert.write(tmp_path / "w.npz", convert.read(square.weights_file))
     assert not list(tmp_path.iterdir())
+
+
+def wide() -> dict[str, np.ndarray]:
+    """Weights with arrays of two MiB, which take memory that was used before and are compared in many pieces."""
+    return random_weights(TINY.replace(hidden_dim=520, channels_mlp_dim=1030))
+
+
+@endings
+def test_large_arrays_are_bit_equal_in_every_format(tmp_path, ending):
+    weights, source = wide(), tmp_path / f"w{ending}"
+    convert.write(source, Checkpoint.from_arrays(weights), layout="timm")
+    convert.write(tmp_path / "back.npz", convert.read(source, num_blocks=TINY.num_blocks), layout="google")
+    with np.load(tmp_path / "back.npz") as back:
+        assert equal(dict(back), weights)
+
+
+@pytest.mark.parametrize("place", [0, 70_000, -1])
+def test_a_bit_that_reads_back_otherwise_is_seen_wherever_it_is(tmp_path, monkeypatch, place):
+    """In the first piece of a large array, in a later one and in the last."""
+    from convert.containers import npz
+
+    wrong = "MixerBlock_0/channel_mixing/Dense_1/kernel"
+
+    def careless(path, arrays, metadata, write=npz.write):
+        arrays = {name: np.array(array) for name, array in arrays.items()}
+        arrays[wrong].reshape(-1).view(np.uint32)[place] ^= 1
+        write(path, arrays, metadata)
+
+    monkeypatch.setattr(npz, "write", careless)
+    with pytest.raises(CheckpointError, match=f"does not read back the same: {wrong}$"):
+        convert.write(tmp_path / "w.npz", Checkpoint.from_arrays(wide()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_used_again_only_when_no_view_of_it_is_left():
+    size = 3 << 20
+    with memory.reused():
+        first = memory.empty((3, 1 << 20))
+        first[...] = 7
+        view, address = first.T[1:, 2], first.ctypes.data
+        del first
+        second = memory.empty(size // 4, np.float32)
+        second[...] = 1
+        assert second.ctypes.data != address
+        assert (view == 7).all()
+        del view
+        third = memory.empty(size)
+        assert third.ctypes.data == address
+        del second, third
+        assert memory._spare
+        assert memory.empty(2 * size).size == 2 * size
+    assert not memory._spare
+    kept = memory.empty(size)
+    del kept
+    assert not memory._spare
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("hidden", [False, True])
+def test_tensors_of_a_pt_are_told_apart_by_their_place(tmp_path, hidden):
+    """Of equal size, shared, strided, a part of another, empty; and with a storage that no array of the file uses."""
+    import torch
+
+    base = torch.arange(24.0).reshape(4, 6)
+    state = {"hidden": [torch.full((4, 6), 5.0)]} if hidden else {}
+    state |= {"a": base, "b": base + 100, "shared": base, "strided": base.T, "row": base[2], "empty": torch.ones(0, 2)}
+    state |= {"half": base.to(torch.bfloat16), "c": base + 200, "parameter": torch.nn.Parameter(base + 300)}
+    torch.save(state, tmp_path / "w.pt")
+    arrays = containers.module("pt").read(tmp_path / "w.pt").arrays
+    assert arrays.keys() == state.keys() - {"hidden"}
+    for name, array in arrays.items():
+        assert np.array_equal(np.asarray(array).astype(np.float32), state[name].detach().float().numpy())
+        if array.shape[0]:
+            assert np.array_equal(array[0].astype(np.float32), state[name][0].detach().float().numpy())
+    mapped = {name for name, array in arrays.items() if hasattr(array, "tensor")}
+    assert mapped == (set(arrays) if hidden else {"strided", "empty"})
 
 
 def test_a_header_alone_says_shapes(tmp_path):

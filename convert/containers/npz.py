@@ -4,23 +4,24 @@ bfloat16 is stored as two-byte void ("|V2"), as big_vision does. What the arrays
 which np.load ignores.
 """
 
+import contextlib
 import io
-import itertools
 import json
 import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, LazyArray, as_bytes, parts
+from .. import memory
+from ..arrays import Array, LazyArray, in_pieces, parts
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
-from ..files import CHUNK, OpenFile, Span
+from ..files import CHUNK, OpenFile, Span, zip_data
 from . import Content
 
 MOST_DEFLATED = 1032  # no deflate stream grows by more, so a larger claim is a lie
@@ -53,17 +54,19 @@ def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] |
         raise CheckpointError(
             f"the labels take {len(comment)} bytes and an .npz has room for {zipfile.ZIP_MAX_COMMENT}: write .safetensors"
         )
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive, contextlib.ExitStack() as opened:
         archive.comment = comment
-        made = parts({name: arrays[name] for name in sorted(arrays)})
-        for name, pieces in itertools.groupby(made, key=lambda part: part[0]):
-            array = arrays[name]
-            stored_dtype = np.dtype("V2") if array.dtype.name == "bfloat16" else array.dtype
-            header = {"descr": np.lib.format.dtype_to_descr(stored_dtype), "fortran_order": False, "shape": array.shape}
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        for name, i, values in parts({name: arrays[name] for name in sorted(arrays)}):
+            if not i:  # the whole, or the first of the items
+                array = arrays[name]
+                stored_dtype = np.dtype("V2") if array.dtype.name == "bfloat16" else array.dtype
+                header = {"descr": np.lib.format.dtype_to_descr(stored_dtype), "fortran_order": False, "shape": array.shape}
+                opened.close()
+                member = opened.enter_context(archive.open(f"{name}.npy", "w", force_zip64=True))
                 np.lib.format.write_array_header_1_0(member, header)
-                for _, _, values in pieces:
-                    member.write(as_bytes(values))
+            for piece in in_pieces(values):
+                member.write(piece)
+            del values
 
 
 class _Member:
@@ -76,10 +79,7 @@ class _Member:
             raise CheckpointError("encrypted, or compressed in a way that NumPy does not write")
         self.name, self.size, self.crc = info.filename, info.file_size, info.CRC
         self.stored = info.compress_type == zipfile.ZIP_STORED
-        local = file.read(info.header_offset, 30).tobytes()
-        if not local.startswith(b"PK\x03\x04"):
-            raise CheckpointError("the zip's directory points at something else: damaged")
-        offset = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
+        offset = zip_data(file, info)
         limit = info.compress_size if self.stored else info.compress_size * MOST_DEFLATED + CHUNK
         if offset + info.compress_size > file.size or self.size > limit:
             raise CheckpointError(f"claims {self.size} bytes, more than the file can hold")
@@ -94,7 +94,7 @@ class _Member:
         """Every byte. Raises CheckpointError where they are not the ones that were written."""
         if self.stored:
             return self.packed.all()
-        data, done, stream = np.empty(self.size, np.uint8), 0, zlib.decompressobj(-15)
+        data, done, stream = memory.empty(self.size), 0, zlib.decompressobj(-15)
         for at in range(0, self.packed.size, CHUNK):
             packed = self.packed.part(at, min(CHUNK, self.packed.size - at)).tobytes()
             while packed and not stream.eof:
@@ -148,7 +148,17 @@ def _lazy(member: _Member) -> LazyArray:
         except CheckpointError as error:
             raise CheckpointError(f"{member.name}: {error}") from None
 
-    return LazyArray(shape, dtype, read)
+    def pieces() -> Iterator[np.ndarray]:
+        skip = start
+        try:
+            for piece in member.packed.pieces():
+                yield piece[skip:]
+                skip = 0
+        except CheckpointError as error:
+            raise CheckpointError(f"{member.name}: {error}") from None
+
+    as_it_lies = member.stored and not fortran and stored_dtype.newbyteorder("=") == stored_dtype
+    return LazyArray(shape, dtype, read, pieces=pieces if as_it_lies else None)
 
 
 def _said(comment: bytes) -> Mapping[str, Any] | None:

@@ -4,8 +4,9 @@ Our metadata is the entry "mixer_jax" of `state_dict._metadata`, which `load_sta
 """
 
 import collections
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from ..arrays import Array, LazyArray, contiguous
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
+from ..files import OpenFile, zip_data
 from ..wrappers import flattened
 from . import Content
 
@@ -22,11 +24,14 @@ try:
 except ModuleNotFoundError:
     raise ImportError("reading and writing .pt needs PyTorch: pip install 'mixer-jax[torch]'") from None
 
+STORAGE = re.compile(r"[^/]+/data/\d+")  # the members of the zip that hold tensors
+
 
 def read(path: Path) -> Content:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+            members = archive.infolist()
     except Exception as error:  # a damaged directory can fail in any way that parsing it can
         raise CheckpointError(f"truncated or damaged ({error}): fetch or write it again") from None
     if damaged:
@@ -40,7 +45,7 @@ def read(path: Path) -> Content:
         raise CheckpointError(f"holds a {type(state).__name__}, not a state_dict")
     metadata = getattr(state, "_metadata", None) or {}
     arrays, others = flattened(state)
-    return Content(arrays, metadata.get("mixer_jax"), others)
+    return Content(_from_file(arrays, OpenFile(path), members), metadata.get("mixer_jax"), others)
 
 
 def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None) -> None:
@@ -54,7 +59,41 @@ def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] |
             raise error.__context__ or error from None
 
 
-def from_torch(tensor: "torch.Tensor") -> LazyArray:
+class TensorArray(LazyArray):
+    """A tensor as an array that shares its memory."""
+
+    def __init__(self, tensor: "torch.Tensor", dtype: np.dtype, read: Callable[[int | None], np.ndarray]):
+        super().__init__(tensor.shape, dtype, read)
+        self.tensor = tensor
+
+
+def _from_file(arrays: Mapping[str, Array], file: OpenFile, members: list[zipfile.ZipInfo]) -> Mapping[str, Array]:
+    """The arrays read from the file where they are asked for: of a mapped file whatever was touched stays in memory.
+
+    Tensors are told from each other by where they are mapped, which is sure only if every storage of the file is here.
+    """
+    tensors = [a.tensor for a in arrays.values() if isinstance(a, TensorArray) and a.tensor.layout == torch.strided]
+    mapped = {storage.data_ptr(): storage.nbytes() for t in tensors if (storage := t.untyped_storage()).nbytes()}
+    stored = {zip_data(file, m): m.file_size for m in members if STORAGE.fullmatch(m.filename) and m.file_size}
+    first = min(mapped, default=0) - min(stored, default=0)
+    if {address - first: size for address, size in mapped.items()} != stored:
+        return arrays
+
+    def in_file(array: Array) -> Array:
+        if not (isinstance(array, TensorArray) and array.tensor.is_contiguous() and array.tensor.numel()):
+            return array
+        tensor, dtype = array.tensor, array.dtype
+
+        def read(index: int | None) -> np.ndarray:
+            part = tensor if index is None else tensor[index]  # a view, which reads nothing
+            return file.read(part.data_ptr() - first, part.nbytes).view(dtype).reshape(part.shape)
+
+        return LazyArray(array.shape, dtype, read)
+
+    return {name: in_file(array) for name, array in arrays.items()}
+
+
+def from_torch(tensor: "torch.Tensor") -> TensorArray:
     """A tensor as an array of the same bits, bfloat16 included; its memory is shared, so do not write to it."""
     dtype = as_dtype(str(tensor.dtype).removeprefix("torch."))
 
@@ -64,7 +103,7 @@ def from_torch(tensor: "torch.Tensor") -> LazyArray:
             return values.contiguous().view(torch.int16).numpy().view(dtype)
         return values.numpy()
 
-    return LazyArray(tensor.shape, dtype, read)
+    return TensorArray(tensor, dtype, read)
 
 
 def to_torch(array: Array) -> "torch.Tensor":

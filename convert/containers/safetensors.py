@@ -8,13 +8,13 @@ array under "checksums", since the format has none of its own.
 import json
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, LazyArray, as_bytes, parts
+from ..arrays import Array, LazyArray, in_pieces, parts
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
 from ..files import OpenFile, Span
@@ -78,8 +78,10 @@ def write(
     with open(path, "wb") as file:
         file.write(front())
         for name, _, values in parts(arrays):
-            file.write(as_bytes(values))
-            checksums[name] = zlib.crc32(as_bytes(values), checksums[name])
+            for piece in in_pieces(values):
+                checksums[name] = zlib.crc32(piece, checksums[name])
+                file.write(piece)
+            del values
         file.seek(0)
         file.write(front())
 
@@ -101,7 +103,13 @@ def _lazy(name: str, span: Span, shape: tuple[int, ...], dtype: np.dtype) -> Laz
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
 
-    return LazyArray(shape, dtype, read)
+    def pieces() -> Iterator[np.ndarray]:
+        try:
+            yield from span.pieces()
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+
+    return LazyArray(shape, dtype, read, pieces=pieces)
 
 
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
