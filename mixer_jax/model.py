@@ -2,11 +2,14 @@
 
 Blocks are stacked: one MixerBlock whose weights have a leading axis over the depth, so that compiling takes the same
 time at any depth. A `tap(name, array) -> array` sees the result of every operation and returns what the forward pass goes
-on with; names are those of `mixer_jax.referee`.
+on with; names are those of `mixer_jax.referee`. The random bits of dropout and stochastic depth come from a source of
+`mixer_jax.masks`: drawn from a key, or the caller's, so that two frameworks can train with the same ones.
 """
 
+import zlib
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +21,25 @@ from jax.typing import ArrayLike, DTypeLike
 from convert import MixerConfig
 
 from .images import check_images
+from .masks import check_mask
 
 Array = jax.Array
 Tap = Callable[[str, Array], Array]
+Masks = Callable[[str, tuple[int, ...], float | Array], ArrayLike]
 Precision = jax.lax.PrecisionLike
 
 
 def identity(name: str, array: Array) -> Array:
     return array
+
+
+def drawn(key: Array) -> Masks:
+    """Masks drawn anew, each from the key and its own name."""
+
+    def masks(name: str, shape: tuple[int, ...], keep: float | Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(name.encode())), keep, shape)
+
+    return masks
 
 
 class Stem(nnx.Module):
@@ -66,6 +80,20 @@ def _stem_convolution(images: Array, kernel: Array, *, precision: Precision) -> 
     return rearrange(grid, "b gh gw o -> b (gh gw) o")
 
 
+class Dropout(nnx.Module):
+    """Zeroes a share of the values and divides the others by the share that is kept."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+        self.deterministic = False
+
+    def __call__(self, x: Array, name: str, masks: Masks | None) -> Array:
+        if self.deterministic or masks is None or not self.rate:
+            return x
+        keep = 1 - self.rate
+        return jnp.where(masks(name, x.shape, keep), x / keep, 0)
+
+
 class MlpBlock(nnx.Module):
     """Two products with a GELU between, over the last axis."""
 
@@ -84,15 +112,15 @@ class MlpBlock(nnx.Module):
         dense = partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
         self.dense_0 = dense(features, hidden)
         self.dense_1 = dense(hidden, features)
-        self.dropout = nnx.Dropout(dropout_rate)
+        self.dropout = Dropout(dropout_rate)
         self.gelu = gelu
 
-    def __call__(self, x: Array, *, rngs: nnx.Rngs | None, tap: Tap) -> Array:
+    def __call__(self, x: Array, *, masks: Masks | None, tap: Tap) -> Array:
         x = tap("dense_0", self.dense_0(x))
         x = tap("gelu", nnx.gelu(x, approximate=self.gelu == "tanh"))  # the released weights were trained with tanh
-        x = self.dropout(x, rngs=rngs)
+        x = self.dropout(x, "dropout_0", masks)
         x = tap("dense_1", self.dense_1(x))
-        return self.dropout(x, rngs=rngs)
+        return self.dropout(x, "dropout_1", masks)
 
 
 class StochasticDepth(nnx.Module):
@@ -102,12 +130,11 @@ class StochasticDepth(nnx.Module):
         self.rescale = rescale
         self.deterministic = False
 
-    def __call__(self, x: Array, rate: Array, rngs: nnx.Rngs | None) -> Array:
-        if self.deterministic or rngs is None:
+    def __call__(self, x: Array, name: str, masks: Masks | None, keep: float | Array | None) -> Array:
+        if self.deterministic or masks is None or keep is None:  # None: the branch always stays
             return x
-        keep = 1 - rate
-        kept = jax.random.bernoulli(rngs.stochastic_depth(), keep, (x.shape[0], 1, 1))
-        return jnp.where(kept, x / keep.astype(x.dtype) if self.rescale else x, 0)
+        kept = masks(name, (x.shape[0], 1, 1), keep)
+        return jnp.where(kept, x / jnp.asarray(keep, x.dtype) if self.rescale else x, 0)
 
 
 class MixerBlock(nnx.Module):
@@ -140,14 +167,16 @@ class MixerBlock(nnx.Module):
         self.channel_mixing = mlp(config.hidden_dim, config.channels_mlp_dim)
         self.stochastic_depth = StochasticDepth(rescale=rescale)
 
-    def __call__(self, x: Array, rate: Array, key: Array | None = None, *, tap: Tap = identity) -> Array:
-        rngs = None if key is None else nnx.Rngs(key)
+    def __call__(
+        self, x: Array, keep: float | Array | None = None, masks: Masks | None = None, *, tap: Tap = identity
+    ) -> Array:
         y = rearrange(tap("token_norm", self.token_norm(x)), "b n c -> b c n")
-        y = rearrange(self.token_mixing(y, rngs=rngs, tap=_under("token_mixing", tap)), "b c n -> b n c")
-        x = tap("token_mixing/sum", x + self.stochastic_depth(y, rate, rngs))
+        y = self.token_mixing(y, masks=_under("token_mixing", masks), tap=_under("token_mixing", tap))
+        y = rearrange(y, "b c n -> b n c")
+        x = tap("token_mixing/sum", x + self.stochastic_depth(y, "token_mixing/stochastic_depth", masks, keep))
         y = tap("channel_norm", self.channel_norm(x))
-        y = self.channel_mixing(y, rngs=rngs, tap=_under("channel_mixing", tap))
-        return tap("channel_mixing/sum", x + self.stochastic_depth(y, rate, rngs))
+        y = self.channel_mixing(y, masks=_under("channel_mixing", masks), tap=_under("channel_mixing", tap))
+        return tap("channel_mixing/sum", x + self.stochastic_depth(y, "channel_mixing/stochastic_depth", masks, keep))
 
 
 class MlpMixer(nnx.Module):
@@ -159,7 +188,10 @@ class MlpMixer(nnx.Module):
     `precision` is that of the products. The mean over tokens and the head are in float32 or better, so logits are too.
     `remat` keeps only the input of each block for the backward pass and computes the rest again.
 
-    Raises ValueError for images of another shape or of integers, and for float64 while JAX is not told to allow it.
+    With `masks`, a source as in `mixer_jax.masks`, a call draws nothing and runs the blocks one by one, as with a tap.
+
+    Raises ValueError for images of another shape or of integers, for float64 while JAX is not told to allow it, and for
+    masks of another shape or dtype.
     """
 
     labels: tuple[str, ...] | None = None
@@ -183,7 +215,7 @@ class MlpMixer(nnx.Module):
                 raise ValueError(f"{name} must be at least 0 and below 1, not {rate}")
         for name, asked in (("dtype", dtype), ("param_dtype", param_dtype)):
             if asked is not None:
-                _require_x64(jnp.dtype(asked), f"{name}=float64")
+                require_x64(jnp.dtype(asked), f"{name}=float64")
         block = partial(
             MixerBlock,
             config,
@@ -209,22 +241,25 @@ class MlpMixer(nnx.Module):
         random = self.dropout_rate or self.stochastic_depth_rate
         self.stream = nnx.data(rngs.dropout.fork() if random else None)
 
-    def __call__(self, images: ArrayLike, *, tap: Tap = identity) -> Array:
-        x = self.features(images, tap=tap)
+    def __call__(self, images: ArrayLike, *, tap: Tap = identity, masks: Masks | None = None) -> Array:
+        x = self.features(images, tap=tap, masks=masks)
         return x if self.head is None else tap("head", self.head(x))
 
-    def features(self, images: ArrayLike, *, tap: Tap = identity) -> Array:
+    def features(self, images: ArrayLike, *, tap: Tap = identity, masks: Masks | None = None) -> Array:
         """What the head sees: the mean over tokens of the normalised output, (b, hidden)."""
         x = tap("stem", self.stem(self._checked(images)))
-        rates = jnp.linspace(0, self.stochastic_depth_rate, self.config.num_blocks, dtype=jnp.float32)
-        training = self.stream is not None and not self.deterministic
-        keys = jax.random.split(self.stream(), self.config.num_blocks) if training else None
-        if tap is identity:
-            x = (_through_blocks_again if self.remat else _through_blocks)(x, self.blocks, rates, keys)
-        else:  # one by one, so that each array has a name and a value of its own
+        keeps = 1 - np.linspace(0, self.stochastic_depth_rate, self.config.num_blocks) if self.stochastic_depth_rate else None
+        drawing = masks is None and self.stream is not None and not self.deterministic
+        keys = jax.random.split(self.stream(), self.config.num_blocks) if drawing else None
+        if tap is identity and masks is None:
+            through = _through_blocks_again if self.remat else _through_blocks
+            x = through(x, self.blocks, None if keeps is None else jnp.asarray(keeps), keys)
+        else:  # one by one, so that each array and each mask has a name of its own
             for i in range(self.config.num_blocks):
-                key = None if keys is None else keys[i]
-                x = self.block(i)(x, rates[i], key, tap=_under(f"blocks/{i}", tap))
+                keep = None if keeps is None or keeps[i] == 1 else float(keeps[i])
+                own = None if keys is None else drawn(keys[i])
+                source = own if masks is None else _given(masks, f"blocks/{i}")
+                x = self.block(i)(x, keep, source, tap=_under(f"blocks/{i}", tap))
         x = tap("pre_head_norm", self.pre_head_norm(x))
         return tap("mean", x.mean(axis=1, dtype=jnp.promote_types(x.dtype, jnp.float32)))
 
@@ -235,8 +270,8 @@ class MlpMixer(nnx.Module):
 
     def _checked(self, images: ArrayLike) -> Array:
         dtype = jnp.result_type(images) if isinstance(images, jax.Array) else np.asarray(images).dtype
-        _require_x64(dtype, "these images are float64, which")
-        _require_x64(self.stem.kernel.dtype, "this model's weights are float64, which")
+        require_x64(dtype, "these images are float64, which")
+        require_x64(self.stem.kernel.dtype, "this model's weights are float64, which")
         check_images(np.shape(images), dtype.name, self.config, axes="b h w c")
         return jnp.asarray(images)
 
@@ -252,8 +287,8 @@ def _layer_norm(config: MixerConfig, *, dtype: DTypeLike | None, param_dtype: DT
     )
 
 
-def _through_block(x: Array, block: MixerBlock, rate: Array, key: Array | None) -> Array:
-    return block(x, rate, key)
+def _through_block(x: Array, block: MixerBlock, keep: Array | None, key: Array | None) -> Array:
+    return block(x, keep, None if key is None else drawn(key))
 
 
 _scan = nnx.scan(in_axes=(nnx.Carry, 0, 0, 0), out_axes=nnx.Carry)
@@ -261,10 +296,27 @@ _through_blocks = _scan(_through_block)
 _through_blocks_again = _scan(nnx.remat(_through_block))
 
 
-def _under(prefix: str, tap: Tap) -> Tap:
-    return tap if tap is identity else lambda name, array: tap(f"{prefix}/{name}", array)
+Named = TypeVar("Named", Tap, Masks | None)
 
 
-def _require_x64(dtype: np.dtype, what: str) -> None:
+def _under(prefix: str, function: Named) -> Named:
+    """A tap or a source of masks whose names start with a prefix."""
+    if function is None or function is identity:
+        return function
+    return lambda name, *rest: function(f"{prefix}/{name}", *rest)
+
+
+def _given(masks: Masks, prefix: str) -> Masks:
+    """The caller's masks for the block of this name, each checked."""
+
+    def source(name: str, shape: tuple[int, ...], keep: float | Array) -> Array:
+        mask = jnp.asarray(masks(f"{prefix}/{name}", shape, keep))
+        check_mask(f"{prefix}/{name}", mask.shape, mask.dtype.name, shape)
+        return mask
+
+    return source
+
+
+def require_x64(dtype: np.dtype, what: str) -> None:
     if dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise ValueError(f"{what} needs 64-bit JAX: make, load and call the model `with jax.enable_x64(True):`, or use float32")

@@ -1,4 +1,4 @@
-"""The PyTorch twin of `mixer_jax.model`: same config, same options, same tap; its state_dict has timm's names.
+"""The PyTorch twin of `mixer_jax.model`: same config, options, tap and masks; its state_dict has timm's names.
 
 Images are (b, channels, h, w), as PyTorch has them; what the tap sees has the axes of the Flax model.
 """
@@ -7,6 +7,9 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
 
 try:
     import torch
@@ -22,12 +25,19 @@ from convert.containers.pt import from_torch, to_torch
 
 from . import pretrained
 from .images import check_images
+from .masks import check_mask
 
 Tap = Callable[[str, Tensor], Tensor]
+Masks = Callable[[str, tuple[int, ...], float], Any]
 
 
 def identity(name: str, array: Tensor) -> Tensor:
     return array
+
+
+def drawn(device: torch.device) -> Masks:
+    """Masks drawn anew from PyTorch's global generator."""
+    return lambda name, shape, keep: torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(keep)
 
 
 class Linear(nn.Linear):
@@ -74,6 +84,20 @@ class Stem(nn.Module):
         return rearrange(self.proj(images.to(dtype)), "b o gh gw -> b (gh gw) o")
 
 
+class Dropout(nn.Module):
+    """Zeroes a share of the values and divides the others by the share that is kept."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, name: str, masks: Masks) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        keep = 1 - self.rate
+        return torch.where(masks(name, tuple(x.shape), keep), x / keep, 0)
+
+
 class MlpBlock(nn.Module):
     """Two products with a GELU between, over the last axis."""
 
@@ -81,15 +105,15 @@ class MlpBlock(nn.Module):
         super().__init__()
         self.fc1 = Linear(features, hidden)
         self.fc2 = Linear(hidden, features)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = Dropout(dropout_rate)
         self.approximate = {"tanh": "tanh", "exact": "none"}[gelu]  # the released weights were trained with tanh
 
-    def forward(self, x: Tensor, *, tap: Tap) -> Tensor:
+    def forward(self, x: Tensor, *, masks: Masks, tap: Tap) -> Tensor:
         x = tap("dense_0", self.fc1(x))
         x = tap("gelu", F.gelu(x, approximate=self.approximate))
-        x = self.dropout(x)
+        x = self.dropout(x, "dropout_0", masks)
         x = tap("dense_1", self.fc2(x))
-        return self.dropout(x)
+        return self.dropout(x, "dropout_1", masks)
 
 
 class StochasticDepth(nn.Module):
@@ -99,12 +123,11 @@ class StochasticDepth(nn.Module):
         super().__init__()
         self.rate, self.rescale = rate, rescale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, name: str, masks: Masks) -> Tensor:
         if not self.training or not self.rate:
             return x
         keep = 1 - self.rate
-        kept = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep)
-        return x * (kept / keep if self.rescale else kept)
+        return torch.where(masks(name, (x.shape[0], 1, 1), keep), x / keep if self.rescale else x, 0)
 
 
 class MixerBlock(nn.Module):
@@ -119,22 +142,26 @@ class MixerBlock(nn.Module):
         self.mlp_channels = mlp(config.hidden_dim, config.channels_mlp_dim)
         self.stochastic_depth = StochasticDepth(stochastic_depth_rate, rescale=rescale)
 
-    def forward(self, x: Tensor, *, tap: Tap = identity) -> Tensor:
+    def forward(self, x: Tensor, masks: Masks, *, tap: Tap = identity) -> Tensor:
         y = rearrange(tap("token_norm", self.norm1(x)), "b n c -> b c n")
-        y = rearrange(self.mlp_tokens(y, tap=_under("token_mixing", tap)), "b c n -> b n c")
-        x = tap("token_mixing/sum", x + self.stochastic_depth(y))
-        y = self.mlp_channels(tap("channel_norm", self.norm2(x)), tap=_under("channel_mixing", tap))
-        return tap("channel_mixing/sum", x + self.stochastic_depth(y))
+        y = self.mlp_tokens(y, masks=_under("token_mixing", masks), tap=_under("token_mixing", tap))
+        y = rearrange(y, "b c n -> b n c")
+        x = tap("token_mixing/sum", x + self.stochastic_depth(y, "token_mixing/stochastic_depth", masks))
+        y = tap("channel_norm", self.norm2(x))
+        y = self.mlp_channels(y, masks=_under("channel_mixing", masks), tap=_under("channel_mixing", tap))
+        return tap("channel_mixing/sum", x + self.stochastic_depth(y, "channel_mixing/stochastic_depth", masks))
 
 
 class MlpMixer(nn.Module):
     """Images (b, channels, h, w) -> logits (b, classes), or features (b, hidden) if the config has no classes.
 
     Options as in `mixer_jax.MlpMixer`, with PyTorch's dtypes; dropout and stochastic depth draw from PyTorch's global
-    generator. `precision` ("highest", "high", "default") sets the TF32 switches of CUDA for the time of a forward pass:
-    "highest" is full float32, the others allow TF32, None leaves them alone.
+    generator, unless a call is given `masks`, a source as in `mixer_jax.masks`. `precision` ("highest", "high",
+    "default") sets the TF32 switches of CUDA for the time of a forward pass: "highest" is full float32, the others allow
+    TF32, None leaves them alone.
 
-    Raises ValueError for images of another shape or of integers, and for float64 images of a model that is not float64.
+    Raises ValueError for images of another shape or of integers, for float64 images of a model that is not float64, and
+    for masks of another shape or dtype.
     """
 
     labels: tuple[str, ...] | None = None
@@ -158,7 +185,7 @@ class MlpMixer(nn.Module):
         if precision not in (None, *PRECISIONS):
             raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}, not {precision!r}")
         block = partial(MixerBlock, config, dropout_rate=dropout_rate, rescale=rescale)
-        rates = torch.linspace(0, stochastic_depth_rate, config.num_blocks, device="cpu").tolist()
+        rates = np.linspace(0, stochastic_depth_rate, config.num_blocks).tolist()
         self.config = config
         self.stem = Stem(config, dtype=dtype)
         self.blocks = nn.ModuleList(block(stochastic_depth_rate=rate) for rate in rates)
@@ -169,18 +196,19 @@ class MlpMixer(nn.Module):
         self.precision = precision
         self.to(param_dtype)
 
-    def forward(self, images: Tensor, *, tap: Tap = identity) -> Tensor:
-        x = self.features(images, tap=tap)
+    def forward(self, images: Tensor, *, tap: Tap = identity, masks: Masks | None = None) -> Tensor:
+        x = self.features(images, tap=tap, masks=masks)
         with switches(self.precision):
             return x if self.head is None else tap("head", self.head(x))
 
-    def features(self, images: Tensor, *, tap: Tap = identity) -> Tensor:
+    def features(self, images: Tensor, *, tap: Tap = identity, masks: Masks | None = None) -> Tensor:
         """What the head sees: the mean over tokens of the normalised output, (b, hidden)."""
         self._check(images)
+        masks = drawn(images.device) if masks is None else _given(masks, images.device)
         with switches(self.precision):
             x = tap("stem", self.stem(images))
             for i, block in enumerate(self.blocks):
-                x = block(x, tap=_under(f"blocks/{i}", tap))
+                x = block(x, _under(f"blocks/{i}", masks), tap=_under(f"blocks/{i}", tap))
             x = tap("pre_head_norm", self.norm(x))
             return tap("mean", x.mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32)))
 
@@ -219,8 +247,24 @@ def switches(precision: str | None) -> Iterator[None]:
             owner.fp32_precision = value
 
 
-def _under(prefix: str, tap: Tap) -> Tap:
-    return tap if tap is identity else lambda name, array: tap(f"{prefix}/{name}", array)
+Named = TypeVar("Named", Tap, Masks)
+
+
+def _under(prefix: str, function: Named) -> Named:
+    """A tap or a source of masks whose names start with a prefix."""
+    return function if function is identity else lambda name, *rest: function(f"{prefix}/{name}", *rest)
+
+
+def _given(masks: Masks, device: torch.device) -> Masks:
+    """The caller's masks, each checked and on the device."""
+
+    def source(name: str, shape: tuple[int, ...], keep: float) -> Tensor:
+        found = masks(name, shape, keep)
+        mask = found if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
+        check_mask(name, mask.shape, _name(mask.dtype), shape)
+        return mask.to(device)
+
+    return source
 
 
 def load(

@@ -130,18 +130,19 @@ def test_each_rate_acts_by_itself(side, rate):
 def branch_share(side, *, rescale):
     """What stochastic depth makes of a branch of ones in the last of three blocks, over many images."""
     if side == "flax":
-        import jax.numpy as jnp
-        from flax import nnx
+        import jax
 
-        from mixer_jax.model import StochasticDepth
+        from mixer_jax.model import StochasticDepth, drawn
 
-        return np.asarray(StochasticDepth(rescale=rescale)(jnp.ones((4000, 1, 1)), jnp.float32(0.75), nnx.Rngs(0))).ravel()
+        depth, ones = StochasticDepth(rescale=rescale), jax.numpy.ones((4000, 1, 1))
+        return np.asarray(depth(ones, "stochastic_depth", drawn(jax.random.key(0)), jax.numpy.float32(0.25))).ravel()
     import torch
 
-    from mixer_jax.torch_model import StochasticDepth
+    from mixer_jax.torch_model import StochasticDepth, drawn
 
     torch.manual_seed(0)
-    return StochasticDepth(0.75, rescale=rescale)(torch.ones(4000, 1, 1)).numpy().ravel()
+    ones = torch.ones(4000, 1, 1)
+    return StochasticDepth(0.75, rescale=rescale)(ones, "stochastic_depth", drawn(ones.device)).numpy().ravel()
 
 
 @sides
@@ -166,6 +167,129 @@ def test_stochastic_depth_rises_from_zero_in_the_first_block(side):
     first, second = seen(), seen()
     assert np.array_equal(first["blocks/0/channel_mixing/sum"], second["blocks/0/channel_mixing/sum"])
     assert not np.array_equal(first["blocks/2/channel_mixing/sum"], second["blocks/2/channel_mixing/sum"])
+
+
+def some_masks(name, shape, keep):
+    """A source that gives the same booleans for the same name."""
+    return np.random.default_rng(list(name.encode())).random(shape) < keep
+
+
+@sides
+def test_masks_are_asked_for_by_name_shape_and_share(side):
+    model, images, asked = MODELS[side](TINY, **STOCHASTIC), random_images(TINY), {}
+
+    def masks(name, shape, keep):
+        asked[name] = (shape, keep)
+        return some_masks(name, shape, keep)
+
+    model.model.train()
+    model(images, masks=masks)
+    wanted = {}
+    for i, keep in enumerate((1.0, 0.7, 0.4)):  # 1 - 0.6 * i / 2
+        for mixing, shape, hidden in (("token_mixing", (2, 7, 20), 11), ("channel_mixing", (2, 20, 7), 13)):
+            wanted[f"blocks/{i}/{mixing}/dropout_0"] = ((*shape[:2], hidden), 0.7)
+            wanted[f"blocks/{i}/{mixing}/dropout_1"] = (shape, 0.7)
+            if keep < 1:
+                wanted[f"blocks/{i}/{mixing}/stochastic_depth"] = ((2, 1, 1), keep)
+    assert list(asked) == list(wanted)
+    for name, (shape, keep) in wanted.items():
+        assert asked[name] == (shape, pytest.approx(keep, rel=1e-15)), name
+
+
+@sides
+def test_no_mask_is_asked_for_in_eval_or_without_rates(side):
+    def masks(name, shape, keep):
+        raise AssertionError(name)
+
+    images = random_images(TINY)
+    for model in (MODELS[side](TINY, **STOCHASTIC), MODELS[side](TINY)):
+        model.model.eval()
+        assert np.array_equal(model(images, masks=masks), model(images))
+    model.model.train()
+    assert np.array_equal(model(images, masks=masks), model(images))
+
+
+@sides
+def test_each_mask_acts(side):
+    """With one unit at a time taken away by its mask, the features change, and by as much as the source says: not at all
+    for what is kept."""
+    model, images = MODELS[side](TINY, **STOCHASTIC), random_images(TINY)
+    model.model.train()
+    names = []
+
+    def without(gone):
+        def masks(name, shape, keep):
+            names.append(name)
+            kept = np.ones(shape, bool)
+            kept[:1] = name != gone
+            return kept
+
+        return as_array(model.model.features(images if side == "flax" else model.tensor(images), masks=masks))
+
+    whole = without(None)
+    for name in list(names):
+        changed = without(name)
+        assert np.array_equal(changed[1], whole[1]), name  # the other image
+        assert np.abs(changed[0] - whole[0]).max() > 1e-4, name
+
+
+def as_array(result):
+    return np.asarray(result.detach() if hasattr(result, "detach") else result)
+
+
+@sides
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (np.ones((2, 7, 1), bool), "bool of shape (2, 7, 1)"),  # would broadcast
+        (True, "bool of shape ()"),
+        (np.ones((2, 7, 11), "float32"), "float32 of shape (2, 7, 11)"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(side, mask, found):
+    model = MODELS[side](TINY, **STOCHASTIC)
+    model.model.train()
+    with pytest.raises(ValueError, match="^masks: ") as error:
+        model(random_images(TINY), masks=lambda name, shape, keep: mask)
+    assert str(error.value) == f"masks: blocks/0/token_mixing/dropout_0 must be bool of shape (2, 7, 11), not {found}"
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_plain_forward_is_the_masked_one_with_the_bits_it_draws(remat):
+    """And the tapped one: the same draws block by block. In float64, with every gradient."""
+    import jax
+    from flax import nnx
+
+    from mixer_jax import MlpMixer
+    from mixer_jax.model import drawn
+
+    with jax.enable_x64(True):
+        model = MlpMixer(TINY, rngs=nnx.Rngs(0), param_dtype="float64", remat=remat, **STOCHASTIC)
+        images = random_images(TINY, dtype="float64")
+
+        def run(**options):
+            model.seed(nnx.Rngs(5))
+            return nnx.jit(nnx.value_and_grad(lambda model: (model.features(images, **options) ** 2).sum()))(model)
+
+        def replayed(seed):
+            model.seed(nnx.Rngs(seed))
+            sources = [drawn(key) for key in jax.random.split(model.stream(), TINY.num_blocks)]
+
+            def masks(name, shape, keep):
+                _, index, name = name.split("/", 2)
+                return sources[int(index)](name, shape, keep)
+
+            return masks
+
+        def apart(a, b):
+            return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+        plain = run()
+        scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
+        assert len(jax.tree.leaves(plain)) > 10
+        assert apart(plain, run(masks=replayed(5))) < 1e-13 * scale  # measured: 4e-16
+        assert apart(plain, run(tap=lambda name, array: array)) < 1e-13 * scale
+        assert apart(plain, run(masks=replayed(6))) > 1e-3 * scale  # sabotage: other bits
 
 
 @sides
