@@ -125,25 +125,29 @@ def compare(
     b: Side,
     *,
     other: Checkpoint | None = None,
+    other_images: np.ndarray | None = None,
     draws: int = precision.DRAWS,
     seed: int = 0,
     runs: tuple[Run | None, Run | None] = (None, None),
+    budget: Budget | None = None,
 ) -> Report:
     """Run two sides on images (n, h, w, channels), as the checkpoint takes them, and say where they part and by how much.
 
-    `other` is the second side's checkpoint, where it is not the same: what is right is what `checkpoint` says. `runs` replaces
-    what a side runs. Raises ValueError where logits prove nothing, and what `Side.open` raises.
+    `other` and `other_images` are the second side's, where they are not the same: right is what `checkpoint` says of `images`.
+    `runs` replaces what a side runs; `budget` is what `allowed` says of the same, where that is known already. Raises
+    ValueError where logits prove nothing, and what `Side.open` raises.
     """
     config = checkpoint.config
     weights = {name: np.asarray(array) for name, array in checkpoint.to("google").arrays.items()}
     sides, images = (a, b), np.asarray(images, np.float64)
+    inputs = (images, images if other_images is None else np.asarray(other_images, np.float64))
     opened = [
         run or side.open(source) for run, side, source in zip(runs, sides, (checkpoint, other or checkpoint), strict=True)
     ]
-    outputs = [run(images, None) for run in opened]
+    outputs = [run(seen, None) for run, seen in zip(opened, inputs)]
     found = agreement(*outputs)
-    recorded = [_recorded(run, images) for run in opened]
-    budget = allowed(config, weights, images, a, b, draws=draws, seed=seed)
+    recorded = [_recorded(run, seen) for run, seen in zip(opened, inputs)]
+    budget = budget or allowed(config, weights, images, a, b, draws=draws, seed=seed)
     local = [_local(config, weights, images, each) for each in recorded]
 
     last = next(reversed(budget.growth))

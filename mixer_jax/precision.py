@@ -78,9 +78,9 @@ def rounded(x: np.ndarray, bits: int, how: str = "nearest", random: np.random.Ge
 class Rounded(referee.Arithmetic):
     """The referee's arithmetic as a device of some precision has it. `error` is what rounding did in the last operation."""
 
-    def __init__(self, precision: Precision, random: np.random.Generator, kernels: "_Kernels"):
+    def __init__(self, precision: Precision, random: np.random.Generator, kernels: "_Kernels | None" = None):
         self._dtype, self._unit = _drawn(precision).dtype, _drawn(precision).unit
-        self._random, self._kernels = random, kernels
+        self._random, self._kernels = random, kernels or _Kernels()
         self.error = np.zeros(0)
 
     def product(self, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:

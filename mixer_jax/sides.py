@@ -82,7 +82,7 @@ class Side:
 def _open_referee(side: Side, checkpoint: Checkpoint) -> Run:
     weights = {name: np.asarray(array) for name, array in checkpoint.to("google").arrays.items()}
     config = checkpoint.config
-    return lambda images, tap: forward(config, weights, images, **({} if tap is None else {"tap": tap}))
+    return lambda images, tap: forward(config, weights, images, tap=tap or (lambda name, array: array))
 
 
 def _open_flax(side: Side, checkpoint: Checkpoint) -> Run:
@@ -96,7 +96,9 @@ def _open_flax(side: Side, checkpoint: Checkpoint) -> Run:
     dtype = jnp.dtype(side.dtype)
     stored = jnp.promote_types(dtype, jnp.float32)
     with context():
-        model = load(checkpoint, param_dtype=stored, dtype=dtype, precision=side.precision, sharding=device)
+        # Whoever has the checkpoint has said that its depth is meant.
+        depth = checkpoint.config.num_blocks
+        model = load(checkpoint, num_blocks=depth, param_dtype=stored, dtype=dtype, precision=side.precision, sharding=device)
 
     def run(images: np.ndarray, tap: Tap | None) -> np.ndarray:
         with context():
@@ -142,7 +144,10 @@ def _open_torch(side: Side, checkpoint: Checkpoint) -> Run:
 
     dtype = getattr(torch, side.dtype)
     stored = torch.promote_types(dtype, torch.float32)
-    model = torch_model.load(checkpoint, param_dtype=stored, dtype=dtype, precision=side.precision, device=_torch_device(side))
+    depth, device = checkpoint.config.num_blocks, _torch_device(side)
+    model = torch_model.load(
+        checkpoint, num_blocks=depth, param_dtype=stored, dtype=dtype, precision=side.precision, device=device
+    )
     return _run_torch(model, lambda images, tap: model(images) if tap is None else model(images, tap=tap), stored)
 
 
