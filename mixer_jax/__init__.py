@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 from convert import VARIANTS, CheckpointError, MixerConfig
 
 if TYPE_CHECKING:
+    from .inference import compiled as compiled
     from .model import MlpMixer as MlpMixer
+    from .preprocess import prepare as prepare
     from .pretrained import load as load
     from .pretrained import save as save
 
-_HOMES = {"MlpMixer": ".model", "load": ".pretrained", "save": ".pretrained"}
+_HOMES = {
+    "MlpMixer": ".model",
+    "compiled": ".inference",
+    "load": ".pretrained",
+    "prepare": ".preprocess",
+    "save": ".pretrained",
+}
 
 __all__ = ["VARIANTS", "CheckpointError", "MixerConfig", *_HOMES]
 

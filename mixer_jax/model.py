@@ -9,7 +9,7 @@ on with; names are those of `mixer_jax.referee`. The random bits of dropout and 
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -247,11 +247,11 @@ class MlpMixer(nnx.Module):
 
     def features(self, images: ArrayLike, *, tap: Tap = identity, masks: Masks | None = None) -> Array:
         """What the head sees: the mean over tokens of the normalised output, (b, hidden)."""
-        x = tap("stem", self.stem(self._checked(images)))
+        x = tap("stem", self.stem(self.checked(images)))
         keeps = 1 - np.linspace(0, self.stochastic_depth_rate, self.config.num_blocks) if self.stochastic_depth_rate else None
         drawing = masks is None and self.stream is not None and not self.deterministic
         keys = jax.random.split(self.stream(), self.config.num_blocks) if drawing else None
-        if tap is identity and masks is None:
+        if tap is identity and masks is None and not isinstance(self.blocks, nnx.List):
             through = _through_blocks_again if self.remat else _through_blocks
             x = through(x, self.blocks, None if keeps is None else jnp.asarray(keeps), keys)
         else:  # one by one, so that each array and each mask has a name of its own
@@ -264,11 +264,20 @@ class MlpMixer(nnx.Module):
         return tap("mean", x.mean(axis=1, dtype=jnp.promote_types(x.dtype, jnp.float32)))
 
     def block(self, index: int) -> MixerBlock:
-        """A block by itself, with a copy of its weights."""
+        """A block by itself, with a copy of its weights where they are stacked."""
+        if isinstance(self.blocks, nnx.List):
+            return self.blocks[index]
         graphdef, state = nnx.split(self.blocks)
         return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
 
-    def _checked(self, images: ArrayLike) -> Array:
+    def unstacked(self) -> Self:
+        """The same model with every block's weights in arrays of their own: to call, not to save."""
+        other = nnx.clone(self, variables=False)
+        other.blocks = nnx.List(self.block(i) for i in range(self.config.num_blocks))
+        return other
+
+    def checked(self, images: ArrayLike) -> Array:
+        """The images as an array of JAX, if the model can take them."""
         dtype = jnp.result_type(images) if isinstance(images, jax.Array) else np.asarray(images).dtype
         require_x64(dtype, "these images are float64, which")
         require_x64(self.stem.kernel.dtype, "this model's weights are float64, which")

@@ -18,14 +18,13 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from einops import rearrange
-from flax import nnx
 from tqdm import tqdm
 
 from convert import Checkpoint, CheckpointError, MixerConfig
 from convert.cli import read_asked
 from convert.files import check_writable, whole_or_nothing
 
-from . import pretrained
+from . import inference, pretrained
 from .labels import Labels, class_names
 from .model import MlpMixer
 from .preprocess import RECIPES, ImageError, picture, require_pillow
@@ -85,15 +84,12 @@ def outcomes(
 
 def compiled(model: MlpMixer) -> Forward:
     """Images (b, h, w, c) -> features and logits, compiled; logits are the features where there is no head."""
-    graphdef, state = nnx.split(model)
 
-    @jax.jit
-    def forward(state: nnx.State, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, state)
+    def outputs(model: MlpMixer, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         features = model.features(images)
         return features, features if model.head is None else model.head(features)
 
-    return partial(forward, state)
+    return inference.compiled(model, outputs)
 
 
 def compiled_twin(source: Checkpoint, *, num_blocks: int | None) -> Forward:

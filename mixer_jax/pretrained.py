@@ -93,7 +93,8 @@ def load(
         # JAX keeps to a NumPy array's memory where it can, so it gets one of its own: the other may be somebody's.
         wanted[name] = param.replace(jax.device_put(np.array(checkpoint.arrays[name], order="C"), place))
     nnx.update(model, nnx.from_flat_state([(tuple(name.split("/")), param) for name, param in wanted.items()]))
-    model.seed(rngs or nnx.Rngs(0))
+    if rngs is not None:  # a model that draws nothing needs no key, which would be compiled
+        model.seed(rngs)
     model.labels, model.preprocessing = checkpoint.metadata.labels, checkpoint.metadata.preprocessing
     model.eval()
     return model

@@ -1,0 +1,49 @@
+"""A model as one compiled function, for inference."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+
+from .model import MlpMixer
+
+CACHE = 10 * 2**20  # bytes of the widest activation beyond which a CPU waits for memory
+
+Output = TypeVar("Output")
+
+
+def compiled(
+    model: MlpMixer,
+    outputs: Callable[[MlpMixer, jax.Array], Output] = MlpMixer.__call__,  # type: ignore[assignment]
+) -> Callable[[ArrayLike], Output]:
+    """Images (b, h, w, channels) -> what `outputs(model, images)` gives after `eval()`: the logits, unless said.
+
+    Compiled once for each shape of images, with the weights that the model has now. A call costs 0.2 ms beside the work,
+    where `nnx.jit` goes through every parameter. On a CPU a batch passes a few images at a time. `compiled(model.unstacked())`
+    is 5 % faster on a CPU: no weight is copied, at the price of a compilation that takes time by the block.
+    """
+    config = model.config
+    width = jnp.dtype(model.stem.dtype or model.stem.kernel.dtype).itemsize
+    few = max(1, CACHE // (width * config.num_tokens * config.channels_mlp_dim))
+    graphdef, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten(state)
+
+    def whole(leaves: list[jax.Array], images: jax.Array) -> Output:
+        model = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))
+        model.eval()
+        return outputs(model, images)
+
+    def sliced(leaves: list[jax.Array], images: jax.Array) -> Output:
+        single = jax.lax.map(lambda image: whole(leaves, image[None]), images, batch_size=few)
+        return jax.tree.map(lambda array: array[:, 0], single)
+
+    @jax.jit
+    def forward(leaves: list[jax.Array], images: jax.Array) -> Output:
+        if len(images) <= few:
+            return whole(leaves, images)
+        return jax.lax.platform_dependent(leaves, images, cpu=sliced, default=whole)
+
+    return lambda images: forward(leaves, model.checked(images))

@@ -1,0 +1,87 @@
+"""A model as one compiled function."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, random_images, random_weights
+from flax import nnx
+from sides import flax_model
+
+import mixer_jax
+from mixer_jax import inference
+
+WEIGHTS = random_weights(TINY)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return flax_model(WEIGHTS, TINY, param_dtype="float32")
+
+
+@nnx.jit
+def jitted(model, images):
+    return model(images)
+
+
+@pytest.mark.parametrize("few", [2, 100])
+@pytest.mark.parametrize("unstack", [False, True])
+def test_slices_of_any_length_give_what_the_whole_batch_does(monkeypatch, model, few, unstack):
+    """Rows of a product may add up in another order where there are fewer of them: a unit in the last place."""
+    monkeypatch.setattr(inference, "CACHE", few * 4 * TINY.num_tokens * TINY.channels_mlp_dim)
+    forward = mixer_jax.compiled(model.unstacked() if unstack else model)
+    for count in (2, 5):
+        images = random_images(TINY, count)
+        found, wanted = np.asarray(forward(images)), np.asarray(jitted(model, images))
+        assert found.shape == (count, TINY.num_classes)
+        assert np.abs(found - wanted).max() <= 5e-7 * np.abs(wanted).max()
+
+
+def test_an_unstacked_model_is_the_model(model):
+    other, images = model.unstacked(), random_images(TINY)
+    assert isinstance(other.blocks, nnx.List)
+    assert not isinstance(model.blocks, nnx.List)
+    names = {"one": [], "other": []}
+    plain = model(images, tap=lambda name, array: names["one"].append(name) or array)
+    assert np.array_equal(plain, other(images, tap=lambda name, array: names["other"].append(name) or array))
+    assert names["one"] == names["other"]
+
+
+def test_the_weights_are_those_of_the_moment(model):
+    forward, images = mixer_jax.compiled(model), random_images(TINY)
+    before = np.asarray(forward(images))
+    other = nnx.clone(model)
+    other.head.bias[...] = other.head.bias[...] + 1
+    assert np.array_equal(forward(images), before)
+    assert np.allclose(mixer_jax.compiled(other)(images), before + 1, atol=1e-6)
+
+
+def test_a_training_model_is_compiled_for_inference():
+    model = mixer_jax.MlpMixer(TINY, rngs=nnx.Rngs(0), dropout_rate=0.5)
+    model.head.kernel[...] = jax.random.normal(jax.random.key(0), model.head.kernel.shape)
+    model.train()
+    forward, images = mixer_jax.compiled(model), random_images(TINY)
+    assert np.array_equal(forward(images), forward(images))
+    assert not model.deterministic  # still a training model
+
+
+def test_other_outputs_come_out_of_the_same_pass(model):
+    images = random_images(TINY, 3)
+    features = np.asarray(mixer_jax.compiled(model, lambda model, images: model.features(images))(images))
+    assert np.allclose(features, model.features(images), atol=1e-5)
+
+
+def test_images_of_another_shape_or_dtype_are_refused(model):
+    forward = mixer_jax.compiled(model)
+    with pytest.raises(ValueError, match="one image is a batch of one"):
+        forward(random_images(TINY)[0])
+    with pytest.raises(ValueError, match="images must be floating point, not uint8"):
+        forward(random_images(TINY).astype(np.uint8))
+
+
+def test_a_shape_is_compiled_once(model):
+    forward, traced = mixer_jax.compiled(model, lambda model, images: traced.append(images.shape) or model(images)), []
+    for _ in range(3):
+        forward(random_images(TINY, 2))
+    assert traced == [(2, *TINY.image_size, 3)]
+    forward(random_images(TINY, 4))
+    assert len(traced) == 2
