@@ -4,9 +4,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from convert import CheckpointError, MixerConfig
+from convert.checkpoint import PREPROCESSING
 from convert.cli import add_reading_options, guarded, read_asked
+
+if TYPE_CHECKING:
+    from .sides import Side
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +39,37 @@ def demo(arguments: argparse.Namespace) -> None:
     from .demo import run
 
     run(arguments.weights, arguments.folder, validate=arguments.validate)
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    if arguments.against and arguments.features:
+        arguments.usage("--features are those of one preprocessing: leave out --against")
+    from .predict import run
+
+    run(arguments)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from .evaluate import run
+
+    run(arguments)
+
+
+def parity(arguments: argparse.Namespace) -> None:
+    if arguments.self_test and (arguments.other or arguments.images or arguments.b or arguments.html):
+        arguments.usage("--self-test is of one FILE on one side, --a, on noise, and writes no page")
+    if arguments.exact and any(side and side.dtype not in ("float32", "float64") for side in (arguments.a, arguments.b)):
+        arguments.usage("--exact is asked in float64")
+    from .parity_command import run
+
+    if not run(arguments):
+        sys.exit(1)
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    from .draw import run
+
+    run(arguments)
 
 
 def _config(arguments: argparse.Namespace) -> MixerConfig:
@@ -66,7 +102,123 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", type=Path, default=Path("demo-output"), help="where files go (default: demo-output)")
     command.add_argument("--validate", action="store_true", help="judge the recipe on a part of the training digits")
     command.set_defaults(run=demo)
+
+    command = commands.add_parser(
+        "predict",
+        help="classes of photographs, or their features",
+        epilog="example: python -m mixer_jax predict Mixer-B_16.npz cat.jpg holiday/ --top 3",
+    )
+    _add_image_options(command)
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="an image, a folder, or - for a list on standard input")
+    command.add_argument("--top", type=_positive, default=5, metavar="K", help="so many classes an image (default: 5)")
+    command.add_argument("--json", action="store_true", help="one line of JSON an image")
+    command.add_argument(
+        "--features", type=Path, metavar="OUT.npy", help="write what the head sees: a row an image, NaN for an unreadable one"
+    )
+    command.add_argument("--against", choices=PREPROCESSING, metavar="NAME", help="another preprocessing to compare with")
+    command.add_argument("--ignore-exif", action="store_true", help="do not turn images upright")
+    command.add_argument("--force", action="store_true", help="replace OUT.npy")
+    command.set_defaults(run=predict, usage=command.error)
+
+    command = commands.add_parser(
+        "evaluate",
+        help="accuracy on a folder of class folders",
+        epilog="example: python -m mixer_jax evaluate Mixer-B_16.npz imagenet/val",
+    )
+    _add_image_options(command)
+    command.add_argument("folder", metavar="FOLDER", help="has a folder for each class: named by label, by synset, or sorted")
+    command.add_argument("--json", action="store_true", help="one line of JSON with all figures")
+    command.add_argument("--confusion", type=Path, metavar="OUT.png", help="draw which class is taken for which")
+    command.add_argument("--upright", action="store_true", help="turn images as EXIF says; published evaluations do not")
+    command.add_argument("--force", action="store_true", help="replace OUT.png")
+    command.set_defaults(run=evaluate)
+
+    command = commands.add_parser(
+        "parity",
+        help="whether two implementations compute the same, where they part, and why",
+        description="SIDE is NAME[:DEVICE[:DTYPE[:PRECISION]]], as in torch:gpu:bfloat16:default. NAME is flax, torch, timm or "
+        "referee; DEVICE cpu, gpu or tpu; PRECISION, that of products, highest, high or default. Exit code: 0 yes, 1 no.",
+        epilog="example: python -m mixer_jax parity Mixer-B_16.npz --a flax:gpu --b torch:cpu --html parity.html",
+    )
+    command.add_argument("source", metavar="FILE", help="a checkpoint")
+    command.add_argument("other", nargs="?", metavar="FILE_B", help="the second side's, if it is another")
+    command.add_argument("--a", type=_side, metavar="SIDE", help="the first side (default: flax)")
+    command.add_argument("--b", type=_side, metavar="SIDE", help="the second side (default: torch)")
+    command.add_argument("--images", nargs="+", metavar="PATH", help="images or folders of them (default: noise)")
+    command.add_argument("--preprocess", choices=PREPROCESSING, metavar="NAME", help="of images (default: what the file says)")
+    command.add_argument("--count", type=_positive, default=2, metavar="N", help="images of noise (default: 2)")
+    command.add_argument("--seed", type=int, default=0, help="of noise and of the budget's draws (default: 0)")
+    command.add_argument("--draws", type=_draws, default=8, metavar="N", help="for the budget, 8 (default) or more")
+    command.add_argument("--explain", action="store_true", help="how much of the gap each choice makes, and what is left")
+    command.add_argument("--exact", action="store_true", help="in float64: are the logits the same float32 numbers")
+    command.add_argument("--predict", action="store_true", help="what GPUs and TPUs are expected to give")
+    command.add_argument("--self-test", action="store_true", help="identities of FILE on the first side alone")
+    command.add_argument("--json", action="store_true", help="one line of JSON")
+    command.add_argument("--html", type=Path, metavar="OUT.html", help="write the report as one page")
+    command.add_argument("--force", action="store_true", help="replace OUT.html")
+    add_reading_options(command)
+    command.set_defaults(run=parity, usage=command.error)
+
+    command = commands.add_parser(
+        "draw",
+        help="a picture of a file's weights, as in the paper",
+        epilog="example: python -m mixer_jax draw Mixer-B_16.npz tokens.png --only 0,1,5",
+    )
+    command.add_argument("source", metavar="FILE", help="a checkpoint")
+    command.add_argument("picture", type=Path, metavar="OUT.png", help="or .pdf or .svg")
+    command.add_argument(
+        "--what",
+        choices=("tokens", "stem", "norms"),
+        default="tokens",
+        help="token-mixing units beside their closest inverses, units of the stem, or norms by block (default: tokens)",
+    )
+    command.add_argument(
+        "--only", type=_numbers, metavar="0,1,5", help="these blocks (default: the first three; all for the norms)"
+    )
+    command.add_argument("--units", type=_positive, metavar="N", help="the first so many units as drawn (default: all)")
+    command.add_argument("--force", action="store_true", help="replace OUT.png")
+    add_reading_options(command)
+    command.set_defaults(run=draw, usage=command.error)
     return parser
+
+
+def _add_image_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="FILE", help="a checkpoint")
+    command.add_argument(
+        "--preprocess", choices=PREPROCESSING, metavar="NAME", help=f"{', '.join(PREPROCESSING)} (default: what the file says)"
+    )
+    command.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one a line")
+    command.add_argument("--batch", type=_positive, metavar="N", help="images computed at once (default: 8 on a CPU, else 64)")
+    command.add_argument("--threads", type=_positive, metavar="N", help="that decode images (default: one a core)")
+    command.add_argument("--side", choices=("flax", "twin"), default="flax", help="the model that computes (default: flax)")
+    add_reading_options(command)
+
+
+def _numbers(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of blocks: 0,1,5")
+    return [int(part) for part in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _draws(text: str) -> int:
+    if _positive(text) < 8:
+        raise argparse.ArgumentTypeError("fewer than 8 draws say too little")
+    return int(text)
+
+
+def _side(text: str) -> "Side":
+    from .sides import Side
+
+    try:
+        return Side.parsed(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def entry() -> None:

@@ -1,9 +1,13 @@
-"""Golden data, small random weights, and the rule for skips: none, but PyTorch's tests where WITHOUT_TORCH says so."""
+"""Golden data, small random weights, and the rule for skips: none, but PyTorch's tests where WITHOUT_TORCH says so, and a
+device's where it is not there.
+"""
 
 import json
 import os
+import platform
+import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +26,35 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="WITHOUT_TORCH: the PyTorch side stays untested in this row"))
 
 
+def pytest_runtest_setup(item):
+    for marker in item.iter_markers("device"):
+        if reason := absent(*marker.args):
+            item.user_properties.append(("absent", reason))
+            pytest.skip(f"unproved on {':'.join(marker.args)}: {reason}")
+
+
+@cache
+def absent(library: str, device: str) -> str | None:
+    """Why "flax" or "torch" has no such device here, asked of JAX and PyTorch alone; None where it has."""
+    if (library, device) == ("libtpu", "v5e"):
+        there = sys.platform == "linux" and platform.machine() == "x86_64"
+        return None if there else "libtpu, which compiles for a TPU, is built for Linux on x86-64 alone"
+    if (library, device) not in {("flax", "cpu"), ("flax", "gpu"), ("flax", "tpu"), ("torch", "cpu"), ("torch", "gpu")}:
+        raise ValueError(f"no such device: {library}:{device}")
+    if library == "torch":
+        import torch
+
+        return "PyTorch finds no GPU" if device == "gpu" and not torch.cuda.is_available() else None
+    import jax
+
+    try:
+        return None if jax.devices(device) else "JAX lists none"
+    except RuntimeError as error:
+        return f"JAX: {error}"
+
+
 def pytest_runtest_logreport(report):
-    allowed = WITHOUT_TORCH and "torch" in report.keywords
+    allowed = (WITHOUT_TORCH and "torch" in report.keywords) or "absent" in dict(report.user_properties)
     if report.skipped and not allowed:
         SKIPPED.append(report.nodeid)
 
