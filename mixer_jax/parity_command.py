@@ -45,12 +45,17 @@ def run(arguments: argparse.Namespace) -> bool:
         other = read_asked(argparse.Namespace(**vars(arguments) | {"source": arguments.other}))
         names = f"{names} and {Path(arguments.other).name}"
     images, said = _images(arguments, checkpoint)
+    other_images = None
+    if other and arguments.images and not arguments.preprocess:  # each side as its own file says
+        other_images, other_said = _images(arguments, other)
+        said = said if said == other_said else f"{said}; for the second side {other_said}"
     found = findings(
         checkpoint,
         images,
         a,
         b,
         other=other,
+        other_images=other_images,
         source=names,
         said=said,
         draws=arguments.draws,
@@ -70,6 +75,7 @@ def findings(
     b: Side,
     *,
     other: Checkpoint | None = None,
+    other_images: np.ndarray | None = None,
     source: str = "these weights",
     said: str = "given",
     draws: int = precision.DRAWS,
@@ -88,22 +94,25 @@ def findings(
     explanation = exactness = predicted = None
     with _Stages() as stage:
         runs, outputs = [], []
-        for side, weights in ((a, checkpoint), (b, second)):
+        seen = images if other_images is None else other_images
+        for side, weights, inputs in ((a, checkpoint, images), (b, second, seen)):
             stage(f"loading {side}")
             runs.append(side.open(weights))
             stage(f"running {side}")
-            outputs.append(runs[-1](images, None))
+            outputs.append(runs[-1](inputs, None))
         try:
             agreement(*outputs)  # before the long part
         except ValueError as error:
             raise CheckpointError(f"{source}: {error}") from None
         first, last = (stage.watched(*each) for each in zip(runs, outputs, (a, b)))
-        report = compare(checkpoint, images, a, b, other=other, draws=draws, seed=seed, runs=(first, last))
+        report = compare(
+            checkpoint, images, a, b, other=other, other_images=other_images, draws=draws, seed=seed, runs=(first, last)
+        )
         if "explain" in extras:
             from .explain import explain
 
             stage("switching one choice after the other")
-            explanation = explain(report, checkpoint, images, other=other)
+            explanation = explain(report, checkpoint, images, other=other, other_images=other_images)
         if "exact" in extras:
             from .explain import exact
 

@@ -13,6 +13,7 @@ import colours
 import numpy as np
 import pytest
 from conftest import GOLDENS, TINY, random_images, random_weights
+from PIL import Image
 from sides import checkpoint
 
 import convert
@@ -384,3 +385,21 @@ def test_a_terminal_is_told_what_goes_on_where_that_takes_long(monkeypatch):
             if wanted:
                 stage._timer.join()
         assert stream.getvalue() == wanted
+
+
+def test_files_of_other_preprocessing_see_their_own_pixels(capsys, tmp_path):
+    """The squash of one file against the crop of the other is a cause, and explains what it does."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (60, 90, 3), np.uint8)).save(tmp_path / "image.png")
+    source = convert.read(SQUARE)
+    for name in ("resmall_crop", "squash"):
+        convert.write(tmp_path / f"{name}.safetensors", source.with_metadata(preprocessing=name), layout="google")
+    files = [tmp_path / f"{name}.safetensors" for name in ("resmall_crop", "squash")]
+    sides = ("--a", "referee", "--b", "flax", "--images", tmp_path / "image.png")
+    with pytest.raises(SystemExit, match="1"):
+        main(["parity", *map(str, (*files, *sides)), "--explain", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    causes = {cause["name"]: cause for cause in found["explanation"]["causes"]}
+    assert (causes["preprocessing"]["a"], causes["preprocessing"]["b"]) == ("resmall_crop", "squash")
+    assert causes["preprocessing"]["share"] > 0.99
+    assert found["explanation"]["unexplained"]["largest"] < 1e-5
