@@ -1,5 +1,6 @@
 """LazyArray: an array whose shape and dtype are known and whose values stay in the file until asked for."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -29,8 +30,8 @@ class LazyArray:
     """Read with `np.asarray(lazy)`; `lazy[i]` reads the i-th item of the first axis alone.
 
     `read(None)` or `read(i)` returns the values. Nothing is kept: asking twice reads twice. `by_item` says that the
-    array is made of its items, so that reading them one by one costs no more. `pieces()`, where there
-    is one, gives the bytes in C order for someone who does not need them all at once.
+    array is put together from its items each time: reading them one by one costs no more, and the whole is nobody
+    else's. `pieces()`, where there is one, gives the bytes in C order for someone who does not need them all at once.
     """
 
     def __init__(
@@ -79,9 +80,17 @@ def stacked(items: list[Array]) -> Array:
     def read(index: int | None) -> np.ndarray:
         if index is not None:
             return np.asarray(items[index])
-        whole = np.empty((len(items), *first.shape), first.dtype)  # filled in place: never two copies of all
-        for row, item in zip(whole, items):
-            row[...] = np.asarray(item)
+        whole = memory.aligned((len(items), *first.shape), first.dtype)
+
+        def fill(row: int) -> None:  # in place: never two copies of all
+            whole[row] = np.asarray(items[row])
+
+        if whole.nbytes < memory.LARGE:
+            for row in range(len(items)):
+                fill(row)
+        else:
+            with ThreadPoolExecutor(2) as threads:
+                deque(threads.map(fill, range(len(items))), maxlen=0)
         return whole
 
     return LazyArray((len(items), *first.shape), first.dtype, read, by_item=True)

@@ -39,14 +39,19 @@ class OpenFile:
             raise CheckpointError(f"damaged: it points at byte {offset}")
         buffer = memory.empty(max(0, min(count, self.size - offset)))
         view, done = memoryview(buffer), 0
-        with self._lock:
-            self._file.seek(offset)
-            while done < len(view) and (got := self._file.readinto(view[done : done + CHUNK])):
-                seen(view[done : done + got])
-                done += got
+        while done < len(view) and (got := self._read_at(offset + done, view[done : done + CHUNK])):
+            seen(view[done : done + got])
+            done += got
         if done != count:
             raise CheckpointError(f"truncated: {count} bytes wanted at {offset}, the file has {self.size}")
         return buffer
+
+    def _read_at(self, offset: int, view: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.readinto(view) or 0
 
 
 def zip_data(file: OpenFile, member: zipfile.ZipInfo) -> int:

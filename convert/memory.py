@@ -49,6 +49,14 @@ def empty(shape: int | tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:
     return array[:count].view(dtype).reshape(shape)
 
 
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """np.empty on a boundary of 64 bytes, where JAX can keep an array instead of copying it."""
+    count = math.prod(shape) * dtype.itemsize
+    block = np.empty(count + 64, np.uint8)
+    start = -block.ctypes.data % 64
+    return block[start : start + count].view(dtype).reshape(shape)
+
+
 def _give_back(block: np.ndarray) -> None:
     if _users:
         _spare.append(block)
