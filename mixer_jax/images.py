@@ -1,8 +1,15 @@
-"""The one check of what both models are called with."""
+"""What both models ask of the images they are called with."""
 
 from collections.abc import Sequence
 
 from convert import MixerConfig
+
+CACHE = 10 * 2**20  # bytes of the widest activation beyond which a CPU waits for memory
+
+
+def few_enough(config: MixerConfig, itemsize: int) -> int:
+    """How many images at once leave the widest activation, of items of so many bytes, in a CPU's cache."""
+    return max(1, CACHE // (itemsize * config.num_tokens * config.channels_mlp_dim))
 
 
 def check_images(shape: Sequence[int], dtype: str, config: MixerConfig, *, axes: str) -> None:

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from .images import few_enough
 from .model import MlpMixer
-
-CACHE = 10 * 2**20  # bytes of the widest activation beyond which a CPU waits for memory
 
 Output = TypeVar("Output")
 
@@ -25,9 +24,7 @@ def compiled(
     where `nnx.jit` goes through every parameter. On a CPU a batch passes a few images at a time. `compiled(model.unstacked())`
     is 5 % faster on a CPU: no weight is copied, at the price of a compilation that takes time by the block.
     """
-    config = model.config
-    width = jnp.dtype(model.stem.dtype or model.stem.kernel.dtype).itemsize
-    few = max(1, CACHE // (width * config.num_tokens * config.channels_mlp_dim))
+    few = few_enough(model.config, jnp.dtype(model.stem.dtype or model.stem.kernel.dtype).itemsize)
     graphdef, state = nnx.split(model)
     leaves, structure = jax.tree.flatten(state)
 

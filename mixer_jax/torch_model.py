@@ -24,7 +24,7 @@ from convert.config import Gelu, Size
 from convert.containers.pt import from_torch, to_torch
 
 from . import pretrained
-from .images import check_images
+from .images import check_images, few_enough
 from .masks import check_mask
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -160,6 +160,8 @@ class MlpMixer(nn.Module):
     "default") sets the TF32 switches of CUDA for the time of a forward pass: "highest" is full float32, the others allow
     TF32, None leaves them alone.
 
+    On a CPU, in eval mode and without gradients, a batch passes a few images at a time.
+
     Raises ValueError for images of another shape or of integers, for float64 images of a model that is not float64, and
     for masks of another shape or dtype.
     """
@@ -204,6 +206,11 @@ class MlpMixer(nn.Module):
     def features(self, images: Tensor, *, tap: Tap = identity, masks: Masks | None = None) -> Tensor:
         """What the head sees: the mean over tokens of the normalised output, (b, hidden)."""
         self._check(images)
+        plain = tap is identity and masks is None and not self.training and not torch.is_grad_enabled()
+        if plain and images.device.type == "cpu":
+            few = few_enough(self.config, (self.stem.dtype or images.dtype).itemsize)
+            if len(images) > few:
+                return torch.cat([self.features(part) for part in images.split(few)])
         masks = drawn(images.device) if masks is None else _given(masks, images.device)
         with switches(self.precision):
             x = tap("stem", self.stem(images))

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from conftest import TINY, random_images, random_weights
 from flax import nnx
-from sides import flax_model
+from sides import flax_model, twin_model
 
 import mixer_jax
-from mixer_jax import inference
+from mixer_jax import images as images_module
 
 WEIGHTS = random_weights(TINY)
 
@@ -27,7 +27,7 @@ def jitted(model, images):
 @pytest.mark.parametrize("unstack", [False, True])
 def test_slices_of_any_length_give_what_the_whole_batch_does(monkeypatch, model, few, unstack):
     """Rows of a product may add up in another order where there are fewer of them: a unit in the last place."""
-    monkeypatch.setattr(inference, "CACHE", few * 4 * TINY.num_tokens * TINY.channels_mlp_dim)
+    monkeypatch.setattr(images_module, "CACHE", few * 4 * TINY.num_tokens * TINY.channels_mlp_dim)
     forward = mixer_jax.compiled(model.unstacked() if unstack else model)
     for count in (2, 5):
         images = random_images(TINY, count)
@@ -85,3 +85,19 @@ def test_a_shape_is_compiled_once(model):
     assert traced == [(2, *TINY.image_size, 3)]
     forward(random_images(TINY, 4))
     assert len(traced) == 2
+
+
+@pytest.mark.torch
+def test_the_twin_passes_a_few_images_at_a_time_too(monkeypatch):
+    import torch
+
+    twin, images = twin_model(WEIGHTS, TINY), torch.from_numpy(random_images(TINY, 5, dtype="float64")).permute(0, 3, 1, 2)
+    seen = []
+    twin.stem.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    whole = twin(images)
+    monkeypatch.setattr(images_module, "CACHE", 2 * 8 * TINY.num_tokens * TINY.channels_mlp_dim)
+    with torch.inference_mode():
+        assert torch.allclose(twin(images), whole, rtol=1e-13, atol=1e-13)
+        twin(images, tap=lambda name, array: array)
+    twin(images)  # with gradients
+    assert seen == [5, 2, 2, 1, 5, 5]
