@@ -1,4 +1,4 @@
-"""docs/speed.png from the figures in benchmarks/results: `python benchmarks/chart.py`."""
+"""docs/speed.png and the README's table, from the figures in benchmarks/results: `python benchmarks/chart.py`."""
 
 import argparse
 import json
@@ -15,6 +15,22 @@ NAMES = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
 }
+
+
+def table(results: Path) -> str:
+    """The table of the README: the peers' times by ours, above 1 where they take longer."""
+    rows = [row for row in json.loads((results / "forward.json").read_text())["rows"] if row["side"] in NAMES]
+    batches = sorted({row["batch"] for row in rows})
+    of = {(row["side"], row["batch"]): row for row in rows}
+    lines = ["| B/16 forward, float32 | " + " | ".join(f"batch {batch}" for batch in batches) + " |"]
+    lines += ["| --- |" + " --- |" * len(batches)]
+    shares = [f"{of['ours', batch]['of_ceiling']:.0%}" for batch in batches]
+    lines += ["| `mixer_jax.compiled(model.unstacked())`, of the best large matrix product | " + " | ".join(shares) + " |"]
+    for side in NAMES:
+        if side != "ours" and all((side, batch) in of for batch in batches):
+            times = [f"{of[side, batch]['times_ours']:.2f}" for batch in batches]
+            lines.append(f"| {NAMES[side]}, its time by ours | " + " | ".join(times) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -48,6 +64,7 @@ def main() -> None:
     figure.tight_layout()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.output, dpi=150)
+    print(table(arguments.results))
     print(arguments.output)
 
 
