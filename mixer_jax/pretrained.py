@@ -3,10 +3,8 @@
 No weight is initialised to be thrown away, and none is set without its name, shape and dtype having been checked.
 """
 
-import contextlib
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from convert import Checkpoint, CheckpointError, memory, read, usual_layout, write
@@ -53,7 +51,11 @@ def load(
 
     Raises CheckpointError for anything about the file that does not fit, naming every fault.
     """
+    import jax
     import numpy as np
+    from flax import nnx
+
+    from .model import MlpMixer
 
     if (dropout_rate or stochastic_depth_rate) and rngs is None:
         raise ValueError("dropout and stochastic depth need rngs, as in load(..., rngs=flax.nnx.Rngs(0))")
@@ -68,38 +70,30 @@ def load(
         dtype=param_dtype if param_dtype is None or isinstance(param_dtype, str) else np.dtype(param_dtype).name,
         allow_nonfinite=allow_nonfinite,
     ).to("flax")
-    with memory.reused(), ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as stack:
-        stack.callback(thread.shutdown, wait=False, cancel_futures=True)
-        # Read while JAX is imported and the model is made.
-        coming = {name: thread.submit(np.asarray, array) for name, array in checkpoint.arrays.items()}
-
-        import jax
-        from flax import nnx
-
-        from .model import MlpMixer
-
-        model = nnx.eval_shape(
-            lambda: MlpMixer(
-                checkpoint.config,
-                rngs=nnx.Rngs(0),
-                dropout_rate=dropout_rate,
-                stochastic_depth_rate=stochastic_depth_rate,
-                rescale=rescale,
-                dtype=dtype,
-                param_dtype=checkpoint.dtype,
-                precision=precision,
-                remat=remat,
-            )
+    model = nnx.eval_shape(
+        lambda: MlpMixer(
+            checkpoint.config,
+            rngs=nnx.Rngs(0),
+            dropout_rate=dropout_rate,
+            stochastic_depth_rate=stochastic_depth_rate,
+            rescale=rescale,
+            dtype=dtype,
+            param_dtype=checkpoint.dtype,
+            precision=precision,
+            remat=remat,
         )
-        wanted = {"/".join(path): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-        require_same(
-            checkpoint.arrays, {name: (param.shape, param.dtype.name) for name, param in wanted.items()}, checkpoint.source
-        )
+    )
+    wanted = {"/".join(path): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    require_same(
+        checkpoint.arrays, {name: (param.shape, param.dtype.name) for name, param in wanted.items()}, checkpoint.source
+    )
+    with memory.reused():
         for name, param in wanted.items():
             place = sharding(name, param.shape) if callable(sharding) else sharding
-            values = coming.pop(name).result()
-            if not getattr(checkpoint.arrays[name], "by_item", False):  # was not put together for this call
-                values = np.array(values, order="C")  # JAX keeps to NumPy's memory where it can, and this may be somebody's
+            array = checkpoint.arrays[name]
+            values = np.asarray(array)
+            if not getattr(array, "by_item", False):  # not put together for this call, so it may be somebody's
+                values = np.array(values, order="C")  # and JAX keeps to NumPy's memory where it can
             wanted[name] = param.replace(jax.device_put(values, place))
     nnx.update(model, nnx.from_flat_state([(tuple(name.split("/")), param) for name, param in wanted.items()]))
     if rngs is not None:  # a model that draws nothing needs no key, which would be compiled
