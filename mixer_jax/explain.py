@@ -109,7 +109,7 @@ def explain(
         ("TF32", Precision(unit="tf32"), _tf32(a.precisions), _tf32(b.precisions)),
         ("bfloat16", Precision("bfloat16"), _bfloat16(a.precisions), _bfloat16(b.precisions)),
     ):
-        effect = base - referee.forward(start, weights, images, arithmetic=_rounding(switched_to))
+        effect = base - referee.forward(start, weights, images, arithmetic=Rounded(switched_to, np.random.default_rng(0)))
         causes.append(Cause(name, mine, theirs, of(effect), None))
     return Explanation(of(gap), causes, of(gap - explained), report.logits_budget)
 
@@ -199,22 +199,14 @@ _PREDICTED = (
 def predictions(checkpoint: Checkpoint, images: np.ndarray, *, draws: int = precision.DRAWS, seed: int = 0) -> list[Prediction]:
     """What each kind of device is expected to give on these weights and images. Nothing is run on any of them."""
     config, weights = checkpoint.config, _weights(checkpoint)
-    right = referee.forward(config, weights, images)
     rows = []
     for devices, setting, how in _PREDICTED:
-        found = [
-            referee.forward(config, weights, images, arithmetic=_rounding(how, np.random.default_rng((seed, draw))))
-            for draw in range(draws)
-        ]
+        right, found = precision.drawn(config, weights, images, how, draws=draws, seed=seed)
         each = [difference(logits, right) for logits in found]
-        same = np.mean([logits.argmax(axis=1) == right.argmax(axis=1) for logits in found])
+        same = np.mean(found.argmax(axis=2) == right.argmax(axis=1))
         largest, rms = max(d.largest for d in each), float(np.sqrt(np.mean([d.rms**2 for d in each])))
         rows.append(Prediction(devices, setting, Difference(largest, rms, each[0].scale), float(same)))
     return rows
-
-
-def _rounding(how: Precision, random: np.random.Generator | None = None) -> Rounded:
-    return Rounded(how, random or np.random.default_rng(0))
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -116,10 +116,8 @@ class Rounded(referee.Arithmetic):
 
     def _product(self, x: np.ndarray, kernel: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray:
         """Of operands rounded as the unit does, with the error of adding one term after the other in float32."""
-        rounded_kernel, squares = self._kernels(kernel, dtype)
-        product = exact if rounded_kernel is kernel else x @ rounded_kernel
-        if self._unit != "float32":
-            product = _by_unit(x, rounded_kernel, self._unit)
+        parts, squares = self._kernels(kernel, dtype, self._unit)
+        product = exact if parts[0] is kernel else _times(_operand(x, self._unit), parts)
         return self._sum(product, (x**2).sum(axis=-1, keepdims=True) * squares / len(kernel), len(kernel))
 
     def _sum(self, total: np.ndarray, squares: np.ndarray, terms: float) -> np.ndarray:
@@ -145,39 +143,47 @@ class Rounded(referee.Arithmetic):
         return y
 
 
+Operand = tuple[np.ndarray, ...]
+
+
 class _Kernels:
-    """What every draw needs of the kernel at hand, made once: it in a dtype, and the sums of its columns' squares."""
+    """What every draw needs of the kernel at hand, made once: it as an operand, and the sums of its columns' squares."""
 
     def __init__(self) -> None:
-        self._lock, self._of, self._made = threading.Lock(), (np.zeros(0), ""), (np.zeros(0), np.zeros(0))
+        self._lock = threading.Lock()
+        self._of: tuple[np.ndarray, str, str] | None = None
+        self._made: tuple[Operand, np.ndarray] = (), np.zeros(0)
 
-    def __call__(self, kernel: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, kernel: np.ndarray, dtype: str, unit: str) -> tuple[Operand, np.ndarray]:
         with self._lock:
-            if self._of[0] is not kernel or self._of[1] != dtype:
+            if self._of is None or self._of[0] is not kernel or self._of[1:] != (dtype, unit):
                 cast = rounded(kernel, BITS[dtype])
                 cast = kernel if np.array_equal(cast, kernel) else cast
-                self._of, self._made = (kernel, dtype), (cast, (cast**2).sum(axis=0))
+                self._of, self._made = (kernel, dtype, unit), (_operand(cast, unit), (cast**2).sum(axis=0))
             return self._made
 
 
-def _by_unit(x: np.ndarray, kernel: np.ndarray, unit: str) -> np.ndarray:
+def _operand(x: np.ndarray, unit: str) -> Operand:
+    """What a unit takes of float32 values: them, rounded, or bfloat16 parts that add up to them as far as they can."""
+    if unit == "float32":
+        return (x,)
     if unit.startswith("tf32"):
-        how = "truncate" if unit == "tf32_truncated" else "nearest"
-        return rounded(x, BITS["tf32"], how) @ rounded(kernel, BITS["tf32"], how)
-    (x1, x2, x3), (k1, k2, k3) = _thirds(x), _thirds(kernel)
-    if unit == "bfloat16":
-        return x1 @ k1
-    if unit == "bfloat16_3x":
-        return (x1 + x2) @ (k1 + k2) - x2 @ k2
-    return (x1 + x2 + x3) @ (k1 + k2 + k3) - (x2 + x3) @ k3 - x3 @ k2
+        return (rounded(x, BITS["tf32"], "truncate" if unit == "tf32_truncated" else "nearest"),)
+    parts, rest = [], x
+    for _ in range({"bfloat16": 1, "bfloat16_3x": 2, "bfloat16_6x": 3}[unit]):
+        parts.append(rounded(rest, BITS["bfloat16"]))
+        rest = rest - parts[-1]
+    return tuple(parts)
 
 
-def _thirds(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """bfloat16 values that add up to x, as far as three of them can."""
-    bits = BITS["bfloat16"]
-    first = rounded(x, bits)
-    second = rounded(x - first, bits)
-    return first, second, rounded(x - first - second, bits)
+def _times(x: Operand, kernel: Operand) -> np.ndarray:
+    """The products of parts that a unit adds up: all but those of two small parts."""
+    product = sum(x[1:], x[0]) @ sum(kernel[1:], kernel[0])
+    if len(x) == 2:
+        product -= x[1] @ kernel[1]
+    if len(x) == 3:
+        product -= (x[1] + x[2]) @ kernel[2] + x[2] @ kernel[1]
+    return product
 
 
 @dataclass(frozen=True)
@@ -266,15 +272,14 @@ def budget(
     seed: int = 0,
 ) -> Budget:
     """How far sides of two precisions may lie apart on these weights (google's names) and images (n, h, w, channels)."""
-    n, same = len(images), _drawn(a) == _drawn(b)
+    same = _drawn(a) == _drawn(b)
     sides = _draws(a, range(draws), seed) + ([] if same else _draws(b, range(draws, 2 * draws), seed))
-    arithmetics = [referee.Arithmetic(), *sides]
     found = Budget()
 
     def tap(name: str, array: np.ndarray) -> np.ndarray:
-        exact, *drawn = np.split(array, len(arithmetics))
+        exact, *rest = np.split(array, 1 + len(sides))
         scale = float(np.abs(exact).max())
-        off, errors = np.stack(drawn) - exact, np.stack([side.error for side in sides])
+        off, errors = np.stack(rest) - exact, np.stack([side.error for side in sides])
         # Draws of one precision serve both sides, each beside the next.
         off_a, off_b = (off, np.roll(off, 1, axis=0)) if same else (off[:draws], off[draws:])
         found.growth[name] = _allowed(off_a * a.shrink - off_b * b.shrink, scale)
@@ -282,14 +287,37 @@ def budget(
             local[name] = _allowed(mine * side.shrink - np.roll(mine, 1, axis=0) * _FLOAT64.shrink, scale, LOCAL_MARGIN)
         return array
 
-    referee.forward(
+    _side_by_side(config, weights, images, sides, tap)
+    return found
+
+
+def drawn(
+    config: MixerConfig,
+    weights: Mapping[str, np.ndarray],
+    images: np.ndarray,
+    how: Precision,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The referee's logits (n, classes), and those of draws of a precision (draws, n, classes)."""
+    logits = _side_by_side(config, weights, images, _draws(how, range(draws), seed), lambda name, array: array)
+    exact, *rest = np.split(logits, 1 + draws)
+    return exact, np.stack(rest)
+
+
+def _side_by_side(
+    config: MixerConfig, weights: Mapping[str, np.ndarray], images: np.ndarray, sides: Sequence[Rounded], tap: referee.Tap
+) -> np.ndarray:
+    """The referee on the images, then each of the sides on the same, in one batch."""
+    n, arithmetics = len(images), [referee.Arithmetic(), *sides]
+    return referee.forward(
         config,
         weights,
         np.tile(np.asarray(images, np.float64), (len(arithmetics), 1, 1, 1)),
         tap=tap,
         arithmetic=_Beside([(slice(i * n, (i + 1) * n), arithmetic) for i, arithmetic in enumerate(arithmetics)]),
     )
-    return found
 
 
 def _draws(precision: Precision, numbers: range, seed: int) -> list[Rounded]:

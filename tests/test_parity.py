@@ -168,7 +168,10 @@ def test_units_err_as_their_passes_do(unit, expected):
     random = np.random.default_rng(0)
     x, kernel = (random.normal(size=shape).astype(np.float32).astype(np.float64) for shape in ((40, 300), (300, 50)))
     right = x @ kernel
-    found = np.sqrt(np.square(precision._by_unit(x, kernel, unit) - right).mean() / np.square(right).mean())
+    found = np.sqrt(
+        np.square(precision._times(precision._operand(x, unit), precision._operand(kernel, unit)) - right).mean()
+        / np.square(right).mean()
+    )
     print(f"{unit}: {found:.1e}, expected {expected:.1e}")
     assert expected / 1.5 < found < expected * 1.5
 
