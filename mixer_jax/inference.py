@@ -20,9 +20,10 @@ def compiled(
 ) -> Callable[[ArrayLike], Output]:
     """Images (b, h, w, channels) -> what `outputs(model, images)` gives after `eval()`: the logits, unless said.
 
-    Compiled once for each shape of images, with the weights that the model has now. A call costs half of one by
-    `nnx.jit` beside the work, which goes through every parameter. On a CPU a batch passes a few images at a time. `compiled(model.unstacked())`
-    is 5 % faster on a CPU: no weight is copied, at the price of a compilation that takes time by the block.
+    Compiled once for each shape of images, with the weights that the model has now. A call costs half of one by `nnx.jit`
+    beside the work, which goes through every parameter. On a CPU a batch passes a few images at a time.
+    `compiled(model.unstacked())` is 5 % faster on a CPU: no weight is copied, at the price of a compilation that takes
+    time by the block.
     """
     few = few_enough(model.config, jnp.dtype(model.stem.dtype or model.stem.kernel.dtype).itemsize)
     graphdef, state = nnx.split(model)
