@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from devices import synthetic
 
 from convert import Checkpoint, MixerConfig, read, write
-from convert.layouts import GOOGLE
-from convert.mapping import shapes
 from mixer_jax import referee
 from mixer_jax.parity import agreement
+from mixer_jax.parity_command import noise
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -179,27 +179,6 @@ def in_turns(workers: dict[str, Worker], turns: int, warm: int = 1) -> Times:
 # What is compared.
 
 
-def synthetic(path: Path, config: MixerConfig) -> None:
-    """Random weights in Google's layout, written by convert."""
-    random = np.random.default_rng(0)
-    sizes = {name: getattr(config, name) for name in ("num_blocks", "num_classes", "in_channels", "hidden_dim", "num_tokens")}
-    sizes |= {name: getattr(config, name) for name in ("tokens_mlp_dim", "channels_mlp_dim")}
-    sizes |= {"patch_height": config.patch_size[0], "patch_width": config.patch_size[1]}
-    arrays = {}
-    for name, shape in shapes(GOOGLE, sizes).items():
-        values = random.standard_normal(shape, dtype=np.float32)
-        kernel = name.endswith("/kernel")
-        arrays[name] = values / np.sqrt(np.prod(shape[:-1]), dtype=np.float32) if kernel else values * np.float32(0.1)
-        if name.endswith("/scale"):
-            arrays[name] += 1
-    write(path, Checkpoint.from_arrays(arrays).with_image_size(config.image_size), layout="google", force=True)
-
-
-def noise(path: Path, config: MixerConfig, count: int) -> None:
-    shape = (count, *config.image_size, config.in_channels)
-    np.save(path, np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32))
-
-
 def require_equal(
     results: dict[str, dict[str, np.ndarray]], dtype: str, expected: np.ndarray | None = None
 ) -> dict[str, float]:
@@ -237,13 +216,13 @@ class Bench:
     def weights(self, config: MixerConfig, name: str) -> str:
         path = self.folder / f"{name.replace('/', '_')}.npz"
         if not path.exists():
-            synthetic(path, config)
+            write(path, synthetic(config), layout="google", force=True)
         return str(path)
 
     def images(self, config: MixerConfig, count: int) -> str:
         path = self.folder / f"images-{config.image_size[0]}-{count}.npy"
         if not path.exists():
-            noise(path, config, count)
+            np.save(path, noise(config, count, 1))
         return str(path)
 
     def model(self) -> tuple[str, MixerConfig]:

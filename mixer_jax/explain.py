@@ -80,7 +80,7 @@ def explain(
 
     causes, explained = [], np.zeros_like(gap)
     # From what the first side computes to what the second does, one choice after the other, so that effects add up.
-    config, seen = start, images
+    config = start
     for name, entry, alternatives in (
         ("GELU", "gelu", ("tanh", "exact")),
         ("LayerNorm epsilon", "layer_norm_epsilon", (1e-6, 1e-5)),
@@ -88,19 +88,18 @@ def explain(
         mine, theirs = getattr(start, entry), getattr(end, entry)
         if mine != theirs:
             config = config.replace(**{entry: theirs})
-            after = referee.forward(config, weights, seen)
+            after = referee.forward(config, weights, images)
             effect, before = before - after, after
             explained += effect
-            causes.append(Cause(name, str(mine), str(theirs), of(effect), _share(effect, gap)))
         else:
             switched = start.replace(**{entry: next(value for value in alternatives if value != mine)})
             effect = base - referee.forward(switched, weights, images)
-            causes.append(Cause(name, str(mine), str(theirs), of(effect), _share(effect, gap)))
+        causes.append(Cause(name, str(mine), str(theirs), of(effect), _share(effect, gap)))
     if not np.array_equal(images, other_images):
         effect = before - referee.forward(config, weights, other_images)
         explained += effect
-        names = [str(each.metadata.preprocessing) for each in (checkpoint, other or checkpoint)]
-        causes.append(Cause("preprocessing", *_two(names), of(effect), _share(effect, gap)))
+        mine, theirs = (str(each.metadata.preprocessing) for each in (checkpoint, other or checkpoint))
+        causes.append(Cause("preprocessing", mine, theirs, of(effect), _share(effect, gap)))
 
     a, b = report.a, report.b
     effect = base - referee.forward(start, weights, images, arithmetic=_FastVariance())
@@ -124,11 +123,6 @@ def _tf32(ways: tuple[Precision, ...]) -> str:
 
 def _bfloat16(ways: tuple[Precision, ...]) -> str:
     return "yes" if any("bfloat16" in (way.dtype, way.unit) for way in ways) else "no"
-
-
-def _two(values: list[str]) -> tuple[str, str]:
-    first, second = values
-    return first, second
 
 
 class _FastVariance(referee.Arithmetic):
