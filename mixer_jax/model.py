@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from convert import MixerConfig
@@ -186,7 +187,8 @@ class MlpMixer(nnx.Module):
     first, with kept branches divided by the share that is kept unless `rescale=False`. Both act after `train()`, not
     after `eval()`, and draw from `rngs`. `dtype` computes (None: what images and weights promote to), `param_dtype` stores,
     `precision` is that of the products. The mean over tokens and the head are in float32 or better, so logits are too.
-    `remat` keeps only the input of each block for the backward pass and computes the rest again.
+    For the backward pass each block keeps its input and the results of three operations (`KEPT`) and computes LayerNorms and
+    GELUs again; with `remat` it keeps the input alone and computes most products again, too.
 
     With `masks`, a source as in `mixer_jax.masks`, a call draws nothing and runs the blocks one by one, as with a tap.
 
@@ -297,12 +299,16 @@ def _layer_norm(config: MixerConfig, *, dtype: DTypeLike | None, param_dtype: DT
 
 
 def _through_block(x: Array, block: MixerBlock, keep: Array | None, key: Array | None) -> Array:
-    return block(x, keep, None if key is None else drawn(key))
+    return block(x, keep, None if key is None else drawn(key), tap=lambda name, array: checkpoint_name(array, name))
 
+
+# What a backward pass finds of each block beside its input; the rest is the work of moments on it.
+KEPT = ("token_mixing/dense_0", "token_mixing/sum", "channel_mixing/dense_0")
 
 _scan = nnx.scan(in_axes=(nnx.Carry, 0, 0, 0), out_axes=nnx.Carry)
-_through_blocks = _scan(_through_block)
-_through_blocks_again = _scan(nnx.remat(_through_block))
+_kept = jax.checkpoint_policies.save_only_these_names(*KEPT)
+_through_blocks = _scan(nnx.remat(_through_block, prevent_cse=False, policy=_kept))
+_through_blocks_again = _scan(nnx.remat(_through_block, prevent_cse=False))
 
 
 Named = TypeVar("Named", Tap, Masks | None)

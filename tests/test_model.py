@@ -333,6 +333,21 @@ def test_rematerialisation_changes_no_gradient():
             assert np.allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(("remat", "again"), [(False, 0), (True, 3)])
+def test_a_backward_pass_repeats_products_only_with_remat(remat, again):
+    """Beside the two for each of a block's four products; nothing needs the result of the last, which is only added."""
+    import jax
+    from flax import nnx
+
+    from mixer_jax import MlpMixer
+
+    graph, parameters = nnx.split(MlpMixer(TINY, rngs=nnx.Rngs(0), remat=remat))
+    gradient = jax.grad(lambda parameters, images: nnx.merge(graph, parameters)(images).sum())
+    loops = [e for e in jax.make_jaxpr(gradient)(parameters, random_images(TINY)).eqns if e.primitive.name == "scan"]
+    forward, backward = (str(loop.params["jaxpr"]).count(" dot_general[") for loop in loops)
+    assert (forward, backward) == (4, 8 + again)
+
+
 @sides
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits(side):
     weights, images = random_weights(TINY), random_images(TINY)
