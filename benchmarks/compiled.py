@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aot import Job, compile_for
+from aot import Job, Program, compile_for
 
 from convert import MixerConfig
 
@@ -20,13 +20,17 @@ MIB, GIGA = 2**20, 1e9
 # Makers' figures for one chip: dense bf16 FLOP/s, bytes a second of memory. H100: the SXM one.
 CHIPS = {"v5e:2x2": ("TPU v5e", 197e12, 819e9), "h100": ("H100", 989e12, 3.35e12)}
 PAPER_TPUV3 = {"S/32": 11489, "B/32": 4208, "S/16": 3994, "B/16": 1384, "L/32": 1314, "L/16": 419, "H/14": 194}
-PROGRAMS: dict[str, dict[str, dict[str, Any]]] = {
-    "forward": {"Linen": {"model": "linen"}, "ours": {"model": "ours"}},
-    "train_step": {
-        "Linen": {"model": "linen"},
-        "ours": {"model": "ours"},
-        "ours, remat": {"model": "ours", "remat": True},
-    },
+# A group's first program is Linen's, which the others of the group are measured by.
+PROGRAMS: dict[str, list[dict[str, dict[str, Any]]]] = {
+    "forward": [
+        {
+            f"Linen{suffix}": {"model": "linen", "param_dtype": stored},
+            f"ours{suffix}": {"model": "ours", "param_dtype": stored, "unstacked": True},
+            f"ours, stacked{suffix}": {"model": "ours", "param_dtype": stored},
+        }
+        for stored, suffix in (("bfloat16", ""), ("float32", ", float32 weights"))
+    ],
+    "train_step": [{"Linen": {"model": "linen"}, "ours": {"model": "ours"}, "ours, remat": {"model": "ours", "remat": True}}],
 }
 QUICK = {"optimization_level": 9}  # O0: what is exchanged does not hang on how well products are tiled
 SHARDED = ("cpu:1", "cpu:2", "cpu:4", "cpu:8", "v5e:4x4", "v5e:16x16")
@@ -75,6 +79,8 @@ def _network(
     blocks: int | None = None,
     dtype: str | None = "bfloat16",
     precision: str | None = None,
+    param_dtype: str = "float32",
+    unstacked: bool = False,
     remat: bool = False,
     data_parallel: bool = False,
 ) -> tuple[Any, Any, Any, Any]:
@@ -100,10 +106,16 @@ def _network(
 
         linen = Linen(config, dtype=dtype, precision=precision)
         function, abstract = linen.apply, jax.eval_shape(linen.init, jax.random.key(0), images)
+        abstract = jax.tree.map(lambda leaf: leaf.update(dtype=param_dtype), abstract)
     else:
         from mixer_jax import MlpMixer
 
-        ours = nnx.eval_shape(lambda: MlpMixer(config, rngs=nnx.Rngs(0), dtype=dtype, precision=precision, remat=remat))
+        def made() -> MlpMixer:
+            numerics: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "precision": precision}
+            ours = MlpMixer(config, rngs=nnx.Rngs(0), remat=remat, **numerics)
+            return ours.unstacked() if unstacked else ours
+
+        ours = nnx.eval_shape(made)
         graph, abstract = nnx.split(ours)
 
         def function(parameters: Any, images: Any) -> Any:
@@ -122,52 +134,52 @@ def _like(leaf: Any, sharding: Any) -> Any:
 
 
 def chips(target: str, variants: Sequence[str], batch: int, *, python: str) -> list[dict[str, Any]]:
-    """Ours against Linen's, forward and training step, in bfloat16 with float32 parameters."""
-    name, flops, bandwidth = CHIPS[target]
+    """Ours against Linen's in bfloat16: the forward pass of each kind of stored weights, a training step of float32 ones."""
     rows = []
     for variant in variants:
-        config = MixerConfig.named(variant)
-        for work in ("forward", "train_step"):
-            programs = {}
-            for label, options in PROGRAMS[work].items():
-                job = Job(f"compiled:{work}", options | {"variant": variant, "batch": batch})
-                (programs[label],) = compile_for(target, [job], python=python)
-            linen = programs["Linen"]
-            for label, program in programs.items():
-                # Backward: two products for each of the forward's, less the gradient of the images.
-                needed = config.forward_flops * (1 if work == "forward" else 3)
-                needed -= 0 if work == "forward" else config.modules()[0].flops
-                row = {
-                    "chip": name,
-                    "work": work,
-                    "variant": variant,
-                    "batch": batch,
-                    "program": label,
-                    "temporaries_mib": program.memory["temp"] / MIB,
-                    "temporaries_of_linen": program.memory["temp"] / max(linen.memory["temp"], 1),
-                    "needed_gflops_an_image": needed / GIGA,
-                    "program_gflops_an_image": sum(p.runs * p.flops for p in program.products()) / batch / GIGA,
-                    "images_a_second_at_peak_flops": flops / needed,
-                    "compile_cpu_seconds": program.compile_cpu_seconds,
-                }
-                if target != "h100":
-                    through = program.memory_traffic()
-                    everywhere, of_linen = (p.memory_traffic(spaces=None) for p in (program, linen))
-                    row |= {
-                        "hbm_mb_an_image": through / batch / 1e6,
-                        "hbm_of_linen": through / linen.memory_traffic(),
-                        "accessed_mb_an_image": everywhere / batch / 1e6,
-                        "accessed_of_linen": everywhere / of_linen,
-                        "xla_accessed_mb_an_image_loops_once": program.cost["bytes accessed"] / batch / 1e6,
-                        "images_a_second_at_peak_bandwidth": bandwidth * batch / through,
-                    }
-                rows.append(row)
-                _print_chip(row)
+        for work, groups in PROGRAMS.items():
+            for group in groups:
+                jobs = [Job(f"compiled:{work}", options | {"variant": variant, "batch": batch}) for options in group.values()]
+                programs = dict(zip(group, (compile_for(target, [job], python=python)[0] for job in jobs)))
+                linen, *_ = programs.values()
+                for label, program in programs.items():
+                    rows.append(_chip(target, MixerConfig.named(variant), work, batch, program, linen))
+                    rows[-1] |= {"variant": variant, "program": label}
+                    _print_chip(rows[-1])
     return rows
 
 
+def _chip(target: str, config: MixerConfig, work: str, batch: int, program: Program, linen: Program) -> dict[str, Any]:
+    name, flops, bandwidth = CHIPS[target]
+    # Backward: two products for each of the forward's, less the gradient of the images.
+    needed = config.forward_flops if work == "forward" else 3 * config.forward_flops - config.modules()[0].flops
+    row = {
+        "chip": name,
+        "work": work,
+        "batch": batch,
+        "temporaries_mib": program.memory["temp"] / MIB,
+        "temporaries_of_linen": program.memory["temp"] / max(linen.memory["temp"], 1),
+        "needed_gflops_an_image": needed / GIGA,
+        "program_gflops_an_image": sum(p.runs * p.flops for p in program.products()) / batch / GIGA,
+        "images_a_second_at_peak_flops": flops / needed,
+        "compile_cpu_seconds": program.compile_cpu_seconds,
+    }
+    if target != "h100":
+        through = program.memory_traffic()
+        everywhere, of_linen = (p.memory_traffic(spaces=None) for p in (program, linen))
+        row |= {
+            "hbm_mb_an_image": through / batch / 1e6,
+            "hbm_of_linen": through / linen.memory_traffic(),
+            "accessed_mb_an_image": everywhere / batch / 1e6,
+            "accessed_of_linen": everywhere / of_linen,
+            "xla_accessed_mb_an_image_loops_once": program.cost["bytes accessed"] / batch / 1e6,
+            "images_a_second_at_peak_bandwidth": bandwidth * batch / through,
+        }
+    return row
+
+
 def _print_chip(row: dict[str, Any]) -> None:
-    line = f"{row['chip']:<8}{row['variant']:<5}{row['work']:<11}{row['program']:<12}"
+    line = f"{row['chip']:<8}{row['variant']:<5}{row['work']:<11}{row['program']:<32}"
     line += f"{row['temporaries_mib']:6.0f} MiB of temporaries ({row['temporaries_of_linen']:.2f} of Linen's)"
     ceiling = row["images_a_second_at_peak_flops"]
     if "hbm_mb_an_image" in row:

@@ -1,8 +1,9 @@
 """A new process, from a weight file to logits: `python first_logits.py SIDE WEIGHTS IMAGES RESULTS`; prints one line of JSON.
 
 `ours` is what the library offers; `official` what Google's code does: np.load, a nested dictionary, Linen, jit. The sides
-`load` and `numpy` only load, the latter every array with NumPy. The JSON has the seconds after the imports (`ours` imports
-as it goes, as the library does), and what JAX's monitoring counted of the persistent compilation cache where there is one.
+`load` and `numpy` only load, the latter every array with NumPy; `imports` only imports what `ours` does. The JSON has the
+seconds after the imports (`ours` imports as it goes, as the library does), and what JAX's monitoring counted of the
+persistent compilation cache where there is one.
 """
 
 import collections
@@ -56,7 +57,13 @@ def numpy(weights: str) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-SIDES = {"ours": ours, "official": official, "load": load, "numpy": lambda weights, images: (numpy(weights), np.empty(0))[1]}
+SIDES = {
+    "ours": ours,
+    "official": official,
+    "load": load,
+    "numpy": lambda weights, images: (numpy(weights), np.empty(0))[1],
+    "imports": lambda weights, images: np.empty(0),
+}
 
 if __name__ == "__main__":
     side, weights, images, results = sys.argv[1:]
@@ -67,7 +74,7 @@ if __name__ == "__main__":
         import linen_mixer
 
         from convert import MixerConfig
-    if side == "load":
+    if side in ("load", "imports"):
         import jax
         from flax import nnx
 

@@ -1,7 +1,8 @@
 """One side of a measurement, in a process of its own: the same weights and images, one request a line on standard input.
 
-`python worker.py PEER` answers {"do": "prepare", ...} with where its results lie, {"do": "run"} with the seconds of one run,
-and says its versions once at the start. It runs in whatever environment has the peer; between requests it waits for input.
+`python worker.py PEER` answers {"do": "prepare", ...} with what there is to tell, its versions among it, once its results
+are written, and {"do": "run", "repeat": n} with the seconds of one run, the mean of n in a row. It runs in whatever
+environment has the peer; between requests it waits for input.
 """
 
 import contextlib
@@ -70,20 +71,55 @@ def linen(job: dict[str, Any]) -> Prepared:
     )
 
 
+def products(job: dict[str, Any]) -> Prepared:
+    """The network's products and nothing between them, in slices as ours: what no formulation in this JAX gets below."""
+    import jax
+    import jax.numpy as jnp
+
+    import mixer_jax
+    from mixer_jax.images import few_enough
+
+    model = mixer_jax.load(job["weights"], dtype=job["dtype"], param_dtype=job["dtype"])
+    config = model.config
+    weights = [
+        [layer.kernel[...] for mlp in (block.token_mixing, block.channel_mixing) for layer in (mlp.dense_0, mlp.dense_1)]
+        for block in model.unstacked().blocks
+    ]
+    shape = (job["batch"], config.num_tokens, config.hidden_dim)
+    few = min(few_enough(config, jnp.dtype(job["dtype"]).itemsize), job["batch"])
+
+    def through(weights: Any, x: jax.Array) -> jax.Array:
+        for tokens_0, tokens_1, channels_0, channels_1 in weights:
+            x = (x.reshape(-1, shape[2], shape[1]) @ tokens_0 @ tokens_1).reshape(-1, *shape[1:]) @ channels_0 @ channels_1
+        return x
+
+    forward = jax.jit(
+        lambda weights, x: (
+            jax.lax.map(partial(through, weights), x.reshape(-1, few, *shape[1:])) if few < len(x) else through(weights, x)
+        )
+    )
+    x = 1e-3 * jax.random.normal(jax.random.key(0), shape, job["dtype"])
+    return (lambda: forward(weights, x).block_until_ready()), dict, {}
+
+
 def ceiling(job: dict[str, Any]) -> Prepared:
-    """The best of several large matrix products of this JAX: no model, what a model could at most reach."""
+    """The best of several large matrix products of this JAX, kept up: no model, what a model could at most reach."""
     import jax
     import jax.numpy as jnp
 
     sides = [(2048, 2048, 2048), (4096, 1024, 4096), (1568, 768, 3072), (1568, 3072, 768), (3136, 3072, 768)]
+    sides += [(784, 768, 3072), (784, 3072, 768)]
     product, runs = jax.jit(jnp.matmul), {}
     for m, k, n in sides:
         a, b = (jax.random.normal(jax.random.key(i), shape, job["dtype"]) for i, shape in enumerate([(m, k), (k, n)]))
-        call = partial(lambda a, b: product(a, b).block_until_ready(), a, b)
-        call()
-        runs[m, k, n] = (min(timed(call)[0] for _ in range(5)) / (2 * m * k * n), call)
+        call = partial(lambda a, b, times: [product(a, b) for _ in range(times)][-1].block_until_ready(), a, b)
+        call(1)
+        times = max(1, round(0.3 / timed(partial(call, 1))[0]))  # about as long as a batch
+        call = partial(call, times)
+        runs[m, k, n] = (min(timed(call)[0] for _ in range(3)) / (2 * m * k * n * times), call, times)
     best = min(runs, key=lambda side: runs[side][0])
-    return runs[best][1], dict, {"flops": 2 * int(np.prod(best)), "product": best}
+    _, call, times = runs[best]
+    return call, dict, {"flops": times * 2 * int(np.prod(best)), "product": best}
 
 
 def bandwidth(job: dict[str, Any]) -> Prepared:
@@ -96,12 +132,12 @@ def bandwidth(job: dict[str, Any]) -> Prepared:
 
 
 def ours_training(job: dict[str, Any]) -> Prepared:
-    """Blocks scanned, recomputed in the backward pass, one jitted function of the split state, updated in place."""
+    """Blocks scanned, with or without `remat`; one jitted function of the split state, updated in place."""
     from flax import nnx
 
     import mixer_jax
 
-    model = mixer_jax.load(job["weights"], remat=True)
+    model = mixer_jax.load(job["weights"], remat=job["remat"])
     model.train()
     graphdef, parameters, rest = nnx.split(model, nnx.Param, ...)
     return jax_training(job, lambda parameters, images: nnx.merge(graphdef, parameters, rest)(images), parameters)
@@ -346,11 +382,12 @@ def channels_first(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
-def timed(call: Call) -> tuple[float, float]:
-    """Seconds and processor seconds of one run."""
+def timed(call: Call, repeat: int = 1) -> tuple[float, float]:
+    """Seconds and processor seconds of one run, the mean of several in a row."""
     cpu, started = time.process_time(), time.perf_counter()
-    call()
-    return time.perf_counter() - started, time.process_time() - cpu
+    for _ in range(repeat):
+        call()
+    return (time.perf_counter() - started) / repeat, (time.process_time() - cpu) / repeat
 
 
 def versions() -> dict[str, str]:
@@ -365,7 +402,7 @@ def versions() -> dict[str, str]:
 PEERS: dict[str, Callable[[dict[str, Any]], Prepared]] = {
     function.__name__: function
     for function in (
-        *(ours, nnx_jit, linen, ceiling, bandwidth, ours_training, linen_training, ours_compiling, linen_compiling),
+        *(ours, nnx_jit, linen, products, ceiling, bandwidth, ours_training, linen_training, ours_compiling, linen_compiling),
         *(twin, timm, torch_eager, torch_compile, timm_training, onnxruntime, openvino),
     )
 }
@@ -386,7 +423,7 @@ def main() -> None:
             answer = {"told": told, "versions": versions()}
         else:
             assert call is not None
-            seconds, cpu = timed(call)
+            seconds, cpu = timed(call, job["repeat"])
             answer = {"seconds": seconds, "cpu": cpu}
         answers.write(json.dumps(answer) + "\n")
 
