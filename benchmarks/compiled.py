@@ -240,6 +240,29 @@ def data_parallel(targets: Sequence[str], batch: int) -> list[dict[str, Any]]:
     return rows
 
 
+def tables(results: dict[str, Any]) -> str:
+    """The tables of the README: the roofline beside the paper, and programs beside Linen's."""
+    lines = ["| images a second at 100 % of peak bf16 FLOP/s, computed | " + " | ".join(PAPER_TPUV3) + " |"]
+    lines += ["| --- |" + " --- |" * len(PAPER_TPUV3)]
+    for name, flops, _ in CHIPS.values():
+        ceilings = " | ".join(f"{row[name]:,.0f}" for row in results["roofline"])
+        lines.append(f"| {name}, {flops / 1e12:.0f} TFLOP/s | {ceilings} |")
+    measured = " | ".join(f"{row['paper_tpuv3_core']:,}" for row in results["roofline"])
+    lines.append(f"| *measured in the paper, a TPUv3 core* | {measured} |")
+    gflops = " | ".join(f"{row['gflops_an_image']:.1f}" for row in results["roofline"])
+    lines += [f"| GFLOPs an image | {gflops} |", ""]
+    lines += ["| B/16, bfloat16, batch 128 | chip | temporaries, MiB | through HBM, MB an image | accessed, MB an image |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for row in results["chips"]:
+        cells = [f"{row['temporaries_mib']:.0f} ({row['temporaries_of_linen']:.2f})"]
+        for what in ("hbm", "accessed"):
+            known = f"{what}_mb_an_image" in row
+            cells.append(f"{row[f'{what}_mb_an_image']:.1f} ({row[f'{what}_of_linen']:.2f})" if known else "")
+        work = row["work"].replace("_", " ")
+        lines.append(f"| {work}: {row['program']} | {row['chip']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=128, help="images a chip (default: 128)")
@@ -268,7 +291,9 @@ def main() -> None:
     if "parallel" in arguments.only:
         results["data_parallel"] = data_parallel(SHARDED, 8)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        if {"chips", "roofline"} <= results.keys():
+            print(tables(results))
 
 
 def versions() -> dict[str, str]:

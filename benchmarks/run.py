@@ -263,6 +263,8 @@ def goal(claim: str, value: float, relation: str, target: float) -> dict[str, An
 def forward(bench: Bench, dtype: str, sides: Sequence[Side], batches: dict[int, int]) -> tuple[Rows, dict[str, Any], dict]:
     """Rows of a forward pass by batch, the ceiling of each batch's turns among them; and the times."""
     batches = {batch: turns for batch, turns in batches.items() if batch in (bench.batches or batches)}
+    if not batches:
+        return [], {}, {}
     name, config = bench.model()
     weights, images = bench.weights(config, name), bench.images(config, max(batches))
     expected = referee.forward(config, read(weights).as_numpy(), np.load(images, mmap_mode="r")[:1])
@@ -305,11 +307,15 @@ def part_forward(bench: Bench) -> tuple[Rows, Goals]:
     sides += [Side("ours", job={"unstack": False}, name="ours-stacked"), Side("products")]
     if bench.quick:
         sides = [Side("ours"), Side("nnx_jit"), Side("linen"), Side("twin", "peers")]
-    batches = {8: 3} if bench.quick else {1: 15, 8: 7, 32: 5, 128: 3}
+    batches = {8: 3} if bench.quick else {1: 15, 8: 7, 32: 5}
     rows, _, times = forward(bench, "float32", bench.available(sides), batches)
     goals: Goals = []
     if bench.quick:
         return rows, goals
+    # All peers at once would take more than 24 GB, most of it OpenVINO's conversion.
+    few = [Side(name) for name in ("ours", "linen", "products", "ceiling")]
+    large, _, more = forward(bench, "float32", bench.available(few), {128: 3})
+    rows, times = rows + large, times | more
     ours = {row["batch"]: row for row in rows if row["side"] == "ours"}
     for batch, row in ours.items():
         goals.append(goal(f"of the ceiling, batch {batch}", row["of_ceiling"], ">=", 0.8 if batch == 1 else 0.9))

@@ -131,10 +131,12 @@ def test_the_parity_tables_are_those_that_a_run_wrote():
     assert all(row["passed"] for row in results["measured"])
 
 
-def test_the_table_of_speed_is_the_one_that_a_run_wrote():
-    from chart import table
+def test_the_tables_of_speed_are_those_that_runs_wrote():
+    from chart import table, table_of_work
 
-    assert table(ROOT / "benchmarks" / "results") in README
+    results = ROOT / "benchmarks" / "results"
+    assert table(results) in README
+    assert table_of_work(results) in README
 
 
 def test_every_published_file_is_listed():
