@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aot import Job, Program, compile_for
+from aot import LIBTPU, Job, Program, compile_for
 
 from convert import MixerConfig
 
@@ -299,7 +299,8 @@ def main() -> None:
 def versions() -> dict[str, str]:
     import importlib.metadata
 
-    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "libtpu")}
+    found = importlib.metadata.distributions(path=[*sys.path, str(Path(sys.prefix) / LIBTPU)])
+    return {d.name: d.version for d in found if d.name in ("jax", "flax", "libtpu")}
 
 
 if __name__ == "__main__":

@@ -347,3 +347,10 @@ def test_an_export_without_the_cpu_does_not_run_on_it():
     exported = jax.export.export(jax.jit(lambda x: x + 1), platforms=("cuda", "tpu"))(np.float32(1))
     with pytest.raises(ValueError, match="was exported for platforms"):
         jax.export.deserialize(exported.serialize()).call(np.float32(1))
+
+
+@v5e
+def test_what_compiled_is_told_with_its_version():
+    from compiled import versions
+
+    assert versions().keys() == {"jax", "flax", "libtpu"}

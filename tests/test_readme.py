@@ -133,10 +133,12 @@ def test_the_parity_tables_are_those_that_a_run_wrote():
 
 def test_the_tables_of_speed_are_those_that_runs_wrote():
     from chart import table, table_of_work
+    from compiled import tables
 
     results = ROOT / "benchmarks" / "results"
     assert table(results) in README
     assert table_of_work(results) in README
+    assert tables(json.loads((results / "compiled.json").read_text())) in README
 
 
 def test_every_published_file_is_listed():
