@@ -572,14 +572,17 @@ def main() -> int:
     parser.add_argument("--without-peers", action="store_true", help="only what the first environment has")
     parser.add_argument("--batches", type=int, nargs="+", help="of the forward pass (default: by part)")
     parser.add_argument("--turns", type=int, help="how often each side runs (default: by part and batch)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON (default: benchmarks/results)")
+    parser.add_argument(
+        "--results", type=Path, help="folder for the JSON (default: benchmarks/results; build/bench-quick if quick)"
+    )
     parser.add_argument("--folder", type=Path, help="keep weights and images here for the next run")
     parser.add_argument("--plant", metavar="SIDE", help="give this side slightly wrong weights: the run must fail")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - set(PARTS)
     if unknown:
         parser.error(f"no part is called {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
-    arguments.results.mkdir(parents=True, exist_ok=True)
+    results = arguments.results or (ROOT / "build" / "bench-quick" if arguments.quick else RESULTS)
+    results.mkdir(parents=True, exist_ok=True)
     facts = machine()
     print(f"{facts['device']}, {facts['threads']} threads, load {facts['load_before']:.1f}")
     missed = 0
@@ -605,7 +608,7 @@ def main() -> int:
                 print(f"  {verdict:<8} {one['claim']}: {one['value']:.3g} {one['relation']} {one['target']:g}")
             missed += sum(not one["reached"] for one in goals)
             written = {"machine": facts | {"quick": bench.quick}, "rows": rows, "goals": goals}
-            (arguments.results / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
+            (results / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
     print(f"\n{missed} goals missed" if missed else "")
     return 0
 
