@@ -16,7 +16,7 @@ import numpy as np
 from . import containers, mapping, memory, resolution
 from .arrays import Array, Arrays, LazyArray, changed, derived, unequal
 from .config import VARIANTS, Gelu, MixerConfig, Size, as_size, variant_letter, variant_sizes
-from .dtypes import WEIGHTS, as_dtype
+from .dtypes import WEIGHTS, weights_dtype
 from .errors import CheckpointError
 from .files import sync, whole_or_nothing
 from .identity import digest, fingerprint_of
@@ -195,9 +195,7 @@ class Checkpoint:
 
     def astype(self, dtype: str | np.dtype) -> Self:
         """Rounded to another dtype, to nearest even. A value that becomes infinite is a CheckpointError when read."""
-        target = as_dtype(dtype)
-        if target.name not in WEIGHTS:
-            raise ValueError(f"weights cannot be {target}: one of {', '.join(WEIGHTS)}")
+        target = weights_dtype(dtype)
 
         def cast(name: str) -> Callable[[np.ndarray], np.ndarray]:
             def change(values: np.ndarray) -> np.ndarray:

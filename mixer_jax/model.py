@@ -6,20 +6,23 @@ on with; names are those of `mixer_jax.referee`. The random bits of dropout and 
 `mixer_jax.masks`: drawn from a key, or the caller's, so that two frameworks can train with the same ones.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from flax.errors import TraceContextError
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from convert import MixerConfig
+from convert.dtypes import weights_dtype
 
 from .images import check_images
 from .masks import check_mask
@@ -27,6 +30,7 @@ from .masks import check_mask
 Array = jax.Array
 Tap = Callable[[str, Array], Array]
 Masks = Callable[[str, tuple[int, ...], float | Array], ArrayLike]
+Randomness: TypeAlias = Array | nnx.Rngs | nnx.RngStream | None  # what a call draws with
 Precision = jax.lax.PrecisionLike
 
 
@@ -69,8 +73,10 @@ class Stem(nnx.Module):
 
 def _stem_product(images: Array, kernel: Array, *, precision: Precision) -> Array:
     h, w, _, _ = kernel.shape
-    patches = rearrange(images, "b (gh h) (gw w) i -> b (gh gw) (h w i)", h=h, w=w)
-    return jnp.matmul(patches, rearrange(kernel, "h w i o -> (h w i) o"), precision=precision)
+    rows = rearrange(images, "b (gh h) w i -> b gh h w i", h=h)  # axis by axis, as a mesh with explicit axes needs it
+    patches = rearrange(rearrange(rows, "b gh h (gw w) i -> b gh gw h w i", w=w), "b gh gw h w i -> b gh gw (h w i)")
+    grid = jnp.matmul(patches, rearrange(kernel, "h w i o -> (h w i) o"), precision=precision)
+    return rearrange(grid, "b gh gw o -> b (gh gw) o")
 
 
 def _stem_convolution(images: Array, kernel: Array, *, precision: Precision) -> Array:
@@ -191,7 +197,9 @@ class MlpMixer(nnx.Module):
 
     `dropout_rate` is that of every MLP; `stochastic_depth_rate` that of the last block, rising linearly from 0 in the
     first, with kept branches divided by the share that is kept unless `rescale=False`. Both act after `train()`, not
-    after `eval()`, and draw from `rngs`. `dtype` computes (None: what images and weights promote to), `param_dtype` stores,
+    after `eval()`, and draw from `rngs`: that of the call, a key or an nnx.Rngs, else the model's own stream, which only
+    Flax's transforms (nnx.jit, nnx.grad, ...) can advance. A call with a key, and any call after `eval()`, is a pure
+    function under every transform of JAX. `dtype` computes (None: what images and weights promote to), `param_dtype` stores,
     `precision` is that of the products. The mean over tokens and the head are in float32 or better, so logits are too.
     For the backward pass each block keeps its input and the results of three operations (`KEPT`) and computes LayerNorms and
     GELUs again; with `remat` it keeps the input alone and computes most products again, too.
@@ -221,9 +229,10 @@ class MlpMixer(nnx.Module):
         for name, rate in (("dropout_rate", dropout_rate), ("stochastic_depth_rate", stochastic_depth_rate)):
             if not 0 <= rate < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {rate}")
-        for name, asked in (("dtype", dtype), ("param_dtype", param_dtype)):
-            if asked is not None:
-                require_x64(jnp.dtype(asked), f"{name}=float64")
+        dtype = None if dtype is None else weights_dtype(dtype, "dtype")
+        param_dtype = weights_dtype(param_dtype, "param_dtype")
+        for name, wanted in (("dtype", dtype), ("param_dtype", param_dtype)):
+            require_x64(wanted, f"{name}=float64")
         block = partial(
             MixerBlock,
             config,
@@ -249,48 +258,76 @@ class MlpMixer(nnx.Module):
         random = self.dropout_rate or self.stochastic_depth_rate
         self.stream = nnx.data(rngs.dropout.fork() if random else None)
 
-    def __call__(self, images: ArrayLike, *, tap: Tap = identity, masks: Masks | None = None) -> Array:
-        x = self.features(images, tap=tap, masks=masks)
+    def __call__(self, images: ArrayLike, *, rngs: Randomness = None, tap: Tap = identity, masks: Masks | None = None) -> Array:
+        x = self.features(images, rngs=rngs, tap=tap, masks=masks)
         return x if self.head is None else tap("head", self.head(x))
 
-    def features(self, images: ArrayLike, *, tap: Tap = identity, masks: Masks | None = None) -> Array:
+    def features(self, images: ArrayLike, *, rngs: Randomness = None, tap: Tap = identity, masks: Masks | None = None) -> Array:
         """What the head sees: the mean over tokens of the normalised output, (b, hidden)."""
         x = tap("stem", self.stem(self.checked(images)))
-        keeps = 1 - np.linspace(0, self.stochastic_depth_rate, self.config.num_blocks) if self.stochastic_depth_rate else None
-        drawing = masks is None and self.stream is not None and not self.deterministic
-        keys = jax.random.split(self.stream(), self.config.num_blocks) if drawing else None
-        if tap is identity and masks is None and not isinstance(self.blocks, nnx.List):
-            through = _through_blocks_again if self.remat else _through_blocks
-            x = through(x, self.blocks, None if keeps is None else jnp.asarray(keeps), keys)
-        else:  # one by one, so that each array and each mask has a name of its own
-            for i in range(self.config.num_blocks):
-                keep = None if keeps is None or keeps[i] == 1 else float(keeps[i])
-                own = None if keys is None else drawn(keys[i])
-                source = own if masks is None else _given(masks, f"blocks/{i}")
-                x = self.block(i)(x, keep, source, tap=_under(f"blocks/{i}", tap))
+        x = self._through_blocks(x, self._block_keys(rngs) if masks is None else None, tap, masks)
         x = tap("pre_head_norm", self.pre_head_norm(x))
         return tap("mean", x.mean(axis=1, dtype=jnp.promote_types(x.dtype, jnp.float32)))
 
+    def _through_blocks(self, x: Array, keys: Array | None, tap: Tap, masks: Masks | None) -> Array:
+        count, plain = self.config.num_blocks, tap is identity and masks is None
+        keeps = 1 - np.linspace(0, self.stochastic_depth_rate, count) if self.stochastic_depth_rate else None
+        if plain and not isinstance(self.blocks, nnx.List):
+            graphdef, state = nnx.split(self.blocks)  # jax.lax.scan, not nnx.scan, which no plain transform of JAX takes
+            inputs = state, None if keeps is None else jnp.asarray(keeps), keys
+            return jax.lax.scan(_block_function(graphdef, self.remat, in_loop=True), x, inputs)[0]
+        for i in range(count):  # one by one, so that each array and each mask has a name of its own
+            keep = None if keeps is None or keeps[i] == 1 else float(keeps[i])
+            key = None if keys is None else keys[i]
+            if plain and self.remat:
+                graphdef, state = nnx.split(self.blocks[i])
+                x, _ = _block_function(graphdef, self.remat, in_loop=False)(x, (state, keep, key))
+                continue
+            own = None if key is None else drawn(key)
+            source = own if masks is None else _given(masks, f"blocks/{i}")
+            x = self.block(i)(x, keep, source, tap=_under(f"blocks/{i}", tap))
+        return x
+
     def block(self, index: int) -> MixerBlock:
-        """A block by itself, with a copy of its weights where they are stacked."""
+        """A block by itself. Where blocks are stacked its weights are a copy. Raises IndexError where there is none."""
+        if not -self.config.num_blocks <= index < self.config.num_blocks:
+            raise IndexError(f"no block {index}: this model has {self.config.num_blocks}, counted from 0")
         if isinstance(self.blocks, nnx.List):
             return self.blocks[index]
         graphdef, state = nnx.split(self.blocks)
-        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: _item(leaf, index), state))
 
     def unstacked(self) -> Self:
-        """The same model with every block's weights in arrays of their own: to call, not to save."""
-        other = nnx.clone(self, variables=False)
-        other.blocks = nnx.List(self.block(i) for i in range(self.config.num_blocks))
+        """A copy of the model with each block's weights in arrays of their own. It shares no weight and no random stream."""
+        graphdef, state = nnx.split(self)
+        other = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # new variables
+        if not isinstance(self.blocks, nnx.List):
+            other.blocks = nnx.List(self.block(i) for i in range(self.config.num_blocks))
         return other
 
-    def checked(self, images: ArrayLike) -> Array:
-        """The images as an array of JAX, if the model can take them."""
-        dtype = jnp.result_type(images) if isinstance(images, jax.Array) else np.asarray(images).dtype
+    def checked(self, images: Any) -> Any:
+        """The images as an array of JAX, if the model can take them; a jax.ShapeDtypeStruct stays one."""
+        images = images if hasattr(images, "dtype") and hasattr(images, "shape") else np.asarray(images)
+        dtype = np.dtype(images.dtype)
         require_x64(dtype, "these images are float64, which")
         require_x64(self.stem.kernel.dtype, "this model's weights are float64, which")
-        check_images(np.shape(images), dtype.name, self.config, axes="b h w c")
-        return jnp.asarray(images)
+        check_images(images.shape, dtype.name, self.config, axes="b h w c")
+        return images if isinstance(images, jax.ShapeDtypeStruct) else jnp.asarray(images)
+
+    def _block_keys(self, rngs: Randomness) -> Array | None:
+        """A key for each block to draw with, or None where nothing is drawn."""
+        if self.deterministic or self.stream is None:
+            return None
+        if isinstance(rngs, jax.Array):
+            return jax.random.split(rngs, self.config.num_blocks)
+        stream = self.stream if rngs is None else rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
+        try:
+            return jax.random.split(stream(), self.config.num_blocks)
+        except TraceContextError:
+            raise ValueError(
+                "dropout and stochastic depth would draw from the model's own stream, which a plain transform of JAX cannot "
+                "advance: give the call a key, model(images, rngs=key), or use Flax's transforms with the model as an argument"
+            ) from None
 
 
 def _layer_norm(config: MixerConfig, *, dtype: DTypeLike | None, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -304,17 +341,21 @@ def _layer_norm(config: MixerConfig, *, dtype: DTypeLike | None, param_dtype: DT
     )
 
 
-def _through_block(x: Array, block: MixerBlock, keep: Array | None, key: Array | None) -> Array:
-    return block(x, keep, None if key is None else drawn(key), tap=lambda name, array: checkpoint_name(array, name))
-
-
 # What a backward pass finds of each block beside its input; the rest is the work of moments on it.
 KEPT = ("token_mixing/dense_0", "token_mixing/sum", "channel_mixing/dense_0")
 
-_scan = nnx.scan(in_axes=(nnx.Carry, 0, 0, 0), out_axes=nnx.Carry)
-_kept = jax.checkpoint_policies.save_only_these_names(*KEPT)
-_through_blocks = _scan(nnx.remat(_through_block, prevent_cse=False, policy=_kept))
-_through_blocks_again = _scan(nnx.remat(_through_block, prevent_cse=False))
+
+@functools.cache  # JAX knows a function by its identity: the same one is traced and compiled once
+def _block_function(graphdef: nnx.GraphDef, remat: bool, *, in_loop: bool) -> Callable[[Array, Any], tuple[Array, None]]:
+    """A block as a function of tokens and (state, keep, key), whose backward pass recomputes what KEPT does not name."""
+
+    def body(x: Array, inputs: tuple[Any, float | Array | None, Array | None]) -> tuple[Array, None]:
+        state, keep, key = inputs
+        block = nnx.merge(graphdef, state)
+        return block(x, keep, None if key is None else drawn(key), tap=lambda name, array: checkpoint_name(array, name)), None
+
+    policy = None if remat else jax.checkpoint_policies.save_only_these_names(*KEPT)
+    return jax.checkpoint(body, prevent_cse=not in_loop, policy=policy)
 
 
 Named = TypeVar("Named", Tap, Masks | None)
@@ -338,6 +379,13 @@ def _given(masks: Masks, prefix: str) -> Masks:
     return source
 
 
-def require_x64(dtype: np.dtype, what: str) -> None:
-    if dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+def _item(leaf: Array, index: int) -> Array:
+    """One item of a stacked array: on a CPU without a copy where it is aligned, since arrays of JAX do not change."""
+    if isinstance(leaf, jax.core.Tracer) or [device.platform for device in leaf.devices()] != ["cpu"]:
+        return leaf[index]
+    return jax.device_put(np.asarray(leaf)[index], leaf.sharding if leaf.committed else None, may_alias=True)
+
+
+def require_x64(dtype: np.dtype | None, what: str) -> None:
+    if dtype is not None and dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise ValueError(f"{what} needs 64-bit JAX: make, load and call the model `with jax.enable_x64(True):`, or use float32")
