@@ -4,11 +4,12 @@ No weight is initialised to be thrown away, and none is set without its name, sh
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from convert import Checkpoint, CheckpointError, memory, read, usual_layout, write
-from convert.arrays import Arrays
+from convert.arrays import Array, Arrays, stacked
 from convert.config import Gelu, Size
 
 if TYPE_CHECKING:
@@ -120,11 +121,17 @@ def save(
 
 
 def to_checkpoint(model: "MlpMixer") -> Checkpoint:
-    """A Flax model's weights, with all that makes them a function."""
+    """A Flax model's weights, stacked or not, with all that makes them a function."""
     import numpy as np
     from flax import nnx
 
-    arrays = {"/".join(path): np.asarray(param[...]) for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    parameters = [(path, np.asarray(param[...])) for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    blocks: dict[str, list[Array]] = defaultdict(list)  # of an unstacked model, in order
+    for path, array in sorted(parameters):
+        if isinstance(path[1], int):
+            blocks["/".join((path[0], *path[2:]))].append(array)
+    arrays: dict[str, Array] = {"/".join(path): array for path, array in parameters if not isinstance(path[1], int)}
+    arrays |= {name: stacked(items) for name, items in blocks.items()}
     return Checkpoint.of_model(arrays, "flax", model.config, labels=model.labels, preprocessing=model.preprocessing)
 
 
