@@ -3,12 +3,10 @@
 import contextlib
 import os
 import shutil
-import struct
 import tempfile
 import threading
 import time
 import weakref
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,14 +50,6 @@ class OpenFile:
         with self._lock:
             self._file.seek(offset)
             return self._file.readinto(view) or 0
-
-
-def zip_data(file: OpenFile, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of a zip's member begin."""
-    local = file.read(member.header_offset, 30).tobytes()
-    if not local.startswith(b"PK\x03\x04"):
-        raise CheckpointError("the zip's directory points at something else: damaged")
-    return member.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
 
 
 class Span:

@@ -7,7 +7,6 @@ which np.load ignores.
 import contextlib
 import io
 import json
-import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -21,29 +20,25 @@ from .. import memory
 from ..arrays import Array, LazyArray, in_pieces, parts
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
-from ..files import CHUNK, OpenFile, Span, zip_data
+from ..files import CHUNK, OpenFile, Span
 from . import Content
+from .zips import Member, read_directory
 
 MOST_DEFLATED = 1032  # no deflate stream grows by more, so a larger claim is a lie
 
 
 def read(path: Path) -> Content:
     file = OpenFile(path)
-    with zipfile.ZipFile(path) as archive:
-        members, comment = archive.infolist(), archive.comment
-    # zipfile takes a comment that is cut short; its length stands before it.
-    end = file.read(file.size - len(comment) - 22, 22).tobytes()
-    if not (end.startswith(b"PK\x05\x06") and struct.unpack("<H", end[20:]) == (len(comment),)):
-        raise CheckpointError("truncated, or with something after its end: fetch or write it again")
-    twice = [name for name, count in Counter(m.filename for m in members).items() if count > 1]
+    members, comment = read_directory(path, file)
+    twice = [name for name, count in Counter(m.info.filename for m in members).items() if count > 1]
     if twice:
         raise CheckpointError(f"two members of one name: {', '.join(twice[:3])}")
     arrays = {}
     for member in members:
         try:
-            arrays[member.filename.removesuffix(".npy")] = _lazy(_Member(file, member))
+            arrays[member.info.filename.removesuffix(".npy")] = _lazy(_Npy(file, member))
         except CheckpointError as error:
-            raise CheckpointError(f"{member.filename}: {error}") from None
+            raise CheckpointError(f"{member.info.filename}: {error}") from None
     return Content(arrays, _said(comment))
 
 
@@ -69,21 +64,21 @@ def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] |
             del values
 
 
-class _Member:
+class _Npy:
     """One member of the zip: its bytes, inflated and checked."""
 
-    def __init__(self, file: OpenFile, info: zipfile.ZipInfo):
+    def __init__(self, file: OpenFile, member: Member):
+        info = member.info
         if not info.filename.endswith(".npy"):
             raise CheckpointError("not an array (.npy)")
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise CheckpointError("encrypted, or compressed in a way that NumPy does not write")
         self.name, self.size, self.crc = info.filename, info.file_size, info.CRC
         self.stored = info.compress_type == zipfile.ZIP_STORED
-        offset = zip_data(file, info)
         limit = info.compress_size if self.stored else info.compress_size * MOST_DEFLATED + CHUNK
-        if offset + info.compress_size > file.size or self.size > limit:
+        if self.size > limit:
             raise CheckpointError(f"claims {self.size} bytes, more than the file can hold")
-        self.packed = Span(file, offset, info.compress_size, info.CRC if self.stored else None)
+        self.packed = Span(file, member.offset, info.compress_size, info.CRC if self.stored else None)
 
     def start(self, count: int) -> bytes:
         """The first bytes, unchecked."""
@@ -118,7 +113,7 @@ class _Member:
             raise CheckpointError(f"does not inflate ({error}): damaged") from None
 
 
-def _lazy(member: _Member) -> LazyArray:
+def _lazy(member: _Npy) -> LazyArray:
     header = io.BytesIO(member.start(4096))
     try:
         version = np.lib.format.read_magic(header)

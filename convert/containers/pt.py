@@ -15,9 +15,10 @@ import numpy as np
 from ..arrays import Array, LazyArray, contiguous
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
-from ..files import OpenFile, zip_data
+from ..files import OpenFile
 from ..wrappers import flattened
 from . import Content
+from .zips import Member, read_directory
 
 try:
     import torch
@@ -28,11 +29,12 @@ STORAGE = re.compile(r"[^/]+/data/\d+")  # the members of the zip that hold tens
 
 
 def read(path: Path) -> Content:
+    file = OpenFile(path)
+    members, _ = read_directory(path, file)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-            members = archive.infolist()
-    except Exception as error:  # a damaged directory can fail in any way that parsing it can
+    except Exception as error:  # a damaged member can fail in any way that inflating it can
         raise CheckpointError(f"truncated or damaged ({error}): fetch or write it again") from None
     if damaged:
         raise CheckpointError(f"{damaged}: its bytes are not the ones that were written (CRC-32): fetch or write it again")
@@ -45,7 +47,7 @@ def read(path: Path) -> Content:
         raise CheckpointError(f"holds a {type(state).__name__}, not a state_dict")
     metadata = getattr(state, "_metadata", None) or {}
     arrays, others = flattened(state)
-    return Content(_from_file(arrays, OpenFile(path), members), metadata.get("mixer_jax"), others)
+    return Content(_from_file(arrays, file, members), metadata.get("mixer_jax"), others)
 
 
 def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None) -> None:
@@ -67,14 +69,14 @@ class TensorArray(LazyArray):
         self.tensor = tensor
 
 
-def _from_file(arrays: Mapping[str, Array], file: OpenFile, members: list[zipfile.ZipInfo]) -> Mapping[str, Array]:
+def _from_file(arrays: Mapping[str, Array], file: OpenFile, members: list[Member]) -> Mapping[str, Array]:
     """The arrays read from the file where they are asked for: of a mapped file whatever was touched stays in memory.
 
     Tensors are told from each other by where they are mapped, which is sure only if every storage of the file is here.
     """
     tensors = [a.tensor for a in arrays.values() if isinstance(a, TensorArray) and a.tensor.layout == torch.strided]
     mapped = {storage.data_ptr(): storage.nbytes() for t in tensors if (storage := t.untyped_storage()).nbytes()}
-    stored = {zip_data(file, m): m.file_size for m in members if STORAGE.fullmatch(m.filename) and m.file_size}
+    stored = {m.offset: m.info.file_size for m in members if STORAGE.fullmatch(m.info.filename) and m.info.file_size}
     first = min(mapped, default=0) - min(stored, default=0)
     if {address - first: size for address, size in mapped.items()} != stored:
         return arrays

@@ -1,0 +1,192 @@
+"""A zip's directory is believed only where it accounts for every byte of the file."""
+
+import io
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import TINY, random_weights
+
+import convert
+from convert import Checkpoint, CheckpointError
+from convert.arrays import same_bytes
+from convert.containers.zips import DIRECTORY, read_directory
+from convert.files import OpenFile
+
+
+def members(path) -> list[str]:
+    return [member.info.filename for member in read_directory(path, OpenFile(path))[0]]
+
+
+def flipped(path, at: int, bit: int):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+    return path
+
+
+def entry(path, name: str) -> int:
+    """Where the directory's entry of a member begins."""
+    return path.read_bytes().rindex(DIRECTORY, 0, path.read_bytes().rindex(name.encode()))
+
+
+COMMENT_LENGTH = 32  # its place in a directory's entry
+
+
+def test_one_flipped_bit_in_a_comment_length_does_not_make_the_head_vanish(tmp_path):
+    """zipfile takes the entries behind it, head/bias and head/kernel, for a comment: what is left is a whole model."""
+    weights = random_weights(TINY)
+    path = tmp_path / "w.npz"
+    np.savez(path, **dict(sorted(weights.items(), key=lambda item: item[0].startswith("head/"))))
+    flipped(path, entry(path, "stem/kernel.npy") + COMMENT_LENGTH, 7)
+    with zipfile.ZipFile(path) as archive:
+        assert {f"{name}.npy" for name in weights} - set(archive.namelist()) == {"head/kernel.npy", "head/bias.npy"}
+    with pytest.raises(CheckpointError, match=rf"^{path}: damaged: the zip's directory is \d+ bytes, its entries take \d+"):
+        convert.read(path)
+
+
+@pytest.mark.torch
+def test_a_pt_whose_directory_hides_members_from_the_checksums_is_refused(tmp_path):
+    path = tmp_path / "w.pt"
+    convert.write(path, Checkpoint.from_arrays(random_weights(TINY)), layout="timm")
+    names = members(path)
+    flipped(path, entry(path, names[-2]) + COMMENT_LENGTH, 7)
+    with zipfile.ZipFile(path) as archive:
+        assert len(archive.namelist()) < len(names)
+    with pytest.raises(CheckpointError, match=rf"^{path}: damaged: the zip's directory is \d+ bytes"):
+        convert.read(path)
+
+
+def damage(path, pattern: bytes, at: int, value: bytes):
+    data = bytearray(path.read_bytes())
+    place = data.rindex(pattern) + at
+    data[place : place + len(value)] = value
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (8, b"\x01\x00\x01\x00", "end record counts 1 members, its directory lists 2: fetch or write the file again"),
+        (8, b"\x01\x00", "damaged, or a zip of several parts"),
+        (4, b"\x01\x00", "damaged, or a zip of several parts"),
+        (16, struct.pack("<L", 50), r"the zip's end record is at byte \d+ of the zip, what is before it ends at \d+"),
+        (20, b"\x01\x00", r"truncated, or with something after its end|File is not a zip file"),
+    ],
+)
+def test_an_end_record_that_lies_is_refused(tmp_path, at, value, message):
+    path = tmp_path / "w.npz"
+    np.savez(path, a=np.ones(3), b=np.ones(4))
+    damage(path, b"PK\x05\x06", at, value)
+    with pytest.raises(CheckpointError, match=message):
+        members(path)
+
+
+def test_bytes_that_belong_to_nothing_are_refused(tmp_path):
+    """In front, between two members, before the directory; each time the offsets are made to fit."""
+    path = tmp_path / "w.npz"
+    np.savez(path, a=np.ones(3), b=np.ones(4))
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        second = archive.getinfo("b.npy").header_offset
+    directory = whole.index(DIRECTORY)
+    for place in (second, directory):
+        data = bytearray(whole[:place] + b"hidden" + whole[place:])
+        struct.pack_into("<L", data, len(data) - 6, directory + 6)
+        if place == second:
+            struct.pack_into("<L", data, data.rindex(DIRECTORY) + 42, second + 6)
+        path.write_bytes(data)
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+        what = "b.npy" if place == second else "the zip's directory"
+        wanted = rf"{what} is at byte {place + 6} of the zip, what is before it ends at {place}"
+        with pytest.raises(CheckpointError, match=wanted):
+            members(path)
+
+
+class Pipe(io.RawIOBase):
+    """What cannot go back: the sizes of a member follow its bytes."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        return self.file.write(data)
+
+
+def savez(path, arrays):
+    np.savez(path, **arrays)
+
+
+def savez_compressed(path, arrays):
+    np.savez_compressed(path, **arrays)
+
+
+def savez_to_a_pipe(path, arrays):
+    with open(path, "wb") as file:
+        np.savez(Pipe(file), **arrays)
+
+
+def savez_compressed_to_a_pipe(path, arrays):
+    with open(path, "wb") as file:
+        np.savez_compressed(Pipe(file), **arrays)
+
+
+def appended(path, arrays):
+    for name, array in arrays.items():
+        with zipfile.ZipFile(path, "a") as archive, archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, array)
+
+
+WRITERS = [savez, savez_compressed, savez_to_a_pipe, savez_compressed_to_a_pipe, appended]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("limit", [None, 10, 1000])
+def test_every_writer_of_valid_zips_is_read(tmp_path, monkeypatch, writer, limit):
+    """With a `limit`, fields of 64 bits for whatever takes more bytes than that, as for files beyond 4 GiB."""
+    if limit:
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 20)
+    path, weights = tmp_path / "w.npz", random_weights(TINY)
+    writer(path, weights)
+    assert (b"PK\x06\x06" in path.read_bytes()) == bool(limit)
+    read = convert.read(path).as_numpy()
+    assert read.keys() == weights.keys()
+    assert all(same_bytes(array, read[name]) for name, array in weights.items())
+
+
+def test_end_records_that_do_not_agree_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+    path = tmp_path / "w.npz"
+    np.savez(path, a=np.ones(3), b=np.ones(4))
+    damage(path, b"PK\x05\x06", 10, b"\x03\x00")
+    with pytest.raises(CheckpointError, match="damaged: the zip's two end records do not agree"):
+        members(path)
+
+
+def test_a_descriptor_that_does_not_repeat_the_directory_is_refused(tmp_path):
+    path = tmp_path / "w.npz"
+    savez_to_a_pipe(path, {"a": np.ones(3)})
+    damage(path, b"PK\x07\x08", 4, b"oops")
+    with pytest.raises(CheckpointError, match=r"a.npy: what follows its bytes does not repeat their CRC-32 and size: damaged"):
+        members(path)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("opened", [False, True])
+def test_what_torch_saves_is_read(tmp_path, opened):
+    import torch
+
+    state = {name: torch.from_numpy(array) for name, array in random_weights(TINY).items()}
+    path = tmp_path / "w.pt"
+    if opened:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+    else:
+        torch.save(state, path)
+    assert convert.read(path).as_numpy().keys() == state.keys()
