@@ -429,7 +429,7 @@ def write(
     with (
         memory.reused(),
         ThreadPoolExecutor(1) as aside,
-        whole_or_nothing(path, size=size, force=force) as written,
+        whole_or_nothing(path, size=size, folder=name == "orbax", force=force) as written,
     ):
         if name == "safetensors":
             canonical, so_far = _fingerprinting(arrays, checkpoint.layout, aside)

@@ -1,6 +1,7 @@
 """Files: read at a position from one open handle, and written whole or not at all."""
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -96,36 +98,37 @@ class Span:
 
 
 @contextlib.contextmanager
-def whole_or_nothing(path: str | os.PathLike[str], *, size: int, force: bool = False) -> Iterator[Path]:
-    """A name to write a file or a folder under, which becomes `path` at the end of the block, or vanishes.
+def whole_or_nothing(path: str | os.PathLike[str], *, size: int, folder: bool = False, force: bool = False) -> Iterator[Path]:
+    """A path to write a file to, or with `folder` a folder, which becomes `path` at the end of the block, or vanishes.
 
-    Refused at once where the disk has no room for `size` bytes. The name lies in a temporary folder beside `path`, so the
-    last step is one rename; the content has reached the disk by then. Without `force` an existing `path` is an error, also
-    one that appears meanwhile. With `force` a file takes a file's place, and a folder the place of another Orbax
-    checkpoint, never that of any other folder.
+    Refused at once where the disk has no room for `size` bytes. A file has no name until it is done, where the system can do
+    that, so even a killed process leaves nothing. Else, and for folders, it lies in a temporary folder beside `path`; what a
+    dead process left there is removed here. The last step is one link or rename; the content has reached the disk by then.
+    Without `force` an existing `path` is an error, also one that appears meanwhile. With `force` a file takes a file's place,
+    and a folder the place of another Orbax checkpoint, never that of any other folder.
     """
     path = Path(path)
+    _remove_abandoned(path)
     check_writable(path, force=force)
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise CheckpointError(f"{path}: needs {size / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left")
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        written = scratch / path.name
-        yield written
-        sync(written)
+    with contextlib.ExitStack() as stack:
+        unnamed = None if folder else stack.enter_context(_unnamed_file(path.parent))
+        new = unnamed or stack.enter_context(_temporary_folder(path)) / "new"
+        yield new
+        sync(new)
         check_writable(path, force=force)
-        if written.is_dir():
-            if path.is_dir():
-                path.rename(scratch / "replaced")
-            written.rename(path)
-        elif force:
-            written.replace(path)
+        if unnamed and force:  # only a rename replaces, and a rename takes a name
+            new = stack.enter_context(_temporary_folder(path)) / "new"
+            _link(unnamed, new)
+        if folder and path.is_dir():
+            path.rename(new.parent / "replaced")
+        if folder or force:
+            new.replace(path)
         else:
-            _rename_to_new(written, path)
+            _put_as_new(new, path)
         _sync(path.parent)
-    finally:
-        _remove(scratch)
 
 
 def check_writable(path: Path, *, force: bool) -> None:
@@ -148,6 +151,67 @@ def is_orbax(path: Path) -> bool:
     return (path / "_CHECKPOINT_METADATA").is_file() or (path / "params" / "_METADATA").is_file()
 
 
+@contextlib.contextmanager
+def _unnamed_file(folder: Path) -> Iterator[Path | None]:
+    """A file in this folder that vanishes with the process unless it is linked. None where the system has no such thing."""
+    handle = None
+    with contextlib.suppress(AttributeError, OSError):  # another system than Linux, a file system that cannot
+        handle = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+    try:
+        path = Path(f"/proc/self/fd/{handle}")
+        yield path if path.exists() else None
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that is gone in the end. A lock in it, which ends with the process, says that its writer lives."""
+    lock = None
+    while lock is None:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        lock = _locked(folder / "lock")
+    with lock:
+        try:
+            yield folder
+        finally:
+            _remove(folder)
+
+
+def _locked(path: Path) -> BinaryIO | None:
+    """A new file, locked if the file system has locks. None if another writer took its folder for abandoned just before."""
+    with contextlib.suppress(FileNotFoundError):
+        lock = open(path, "wb")  # noqa: SIM115 - for the caller to close
+        with contextlib.suppress(OSError):
+            _flock(lock)
+        if path.exists():
+            return lock
+        lock.close()
+    return None
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary folders of `path` whose writer is dead. A checkpoint that it was about to replace is put back."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.tmp"):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # above all BlockingIOError: its writer lives
+            inside = os.listdir(folder)
+            if "lock" in inside:
+                _flock(stack.enter_context(open(folder / "lock", "rb+")), wait=False)
+            if "replaced" in inside and not path.exists():
+                (folder / "replaced").rename(path)
+            if inside:
+                _remove(folder)
+            else:  # unlike a tree's, this removal fails where its writer has just gone on
+                folder.rmdir()
+
+
+def _flock(file: BinaryIO, *, wait: bool = True) -> None:
+    import fcntl  # not on Windows
+
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _remove(folder: Path) -> None:
     """Remove a folder, also one that a failed writer's threads go on writing into for a moment."""
     for _ in range(100):
@@ -157,13 +221,22 @@ def _remove(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def _rename_to_new(written: Path, path: Path) -> None:
+def _put_as_new(new: Path, path: Path) -> None:
     try:
-        os.link(written, path)  # unlike a rename, fails where another writer was faster
+        _link(new, path)  # unlike a rename, fails where another writer was faster
     except FileExistsError:
         raise CheckpointError(f"{path}: appeared while it was being written; the other one is kept") from None
     except OSError:  # a file system without hard links
-        written.rename(path)
+        new.rename(path)
+
+
+def _link(new: Path, path: Path) -> None:
+    """Give a file a name, also one that has none yet: only with a folder's handle does Python follow /proc to it."""
+    parent = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.link(new, path.name, dst_dir_fd=parent, follow_symlinks=True)
+    finally:
+        os.close(parent)
 
 
 def sync(path: Path) -> None:

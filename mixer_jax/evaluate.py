@@ -279,4 +279,4 @@ def draw_confusion(path: Path, tally: Tally, names: Sequence[str], found: dict[s
         axes.set_xticks(ticks, short, rotation=90, parse_math=False)
         axes.set_yticks(ticks, short, parse_math=False)
     with whole_or_nothing(path, size=1 << 20, force=force) as written:
-        figure.savefig(written, dpi=110)
+        figure.savefig(written, format="png", dpi=110)

@@ -1,0 +1,292 @@
+"""A file or a folder appears whole or not at all, however its writer ends."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_weights
+
+import convert
+from convert import Checkpoint, CheckpointError, MixerConfig
+from convert.arrays import same_bytes
+from convert.files import _unnamed_file, whole_or_nothing
+
+KINDS = ["file", "named file", "folder"]  # "named": as on a system without unnamed files
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def write(path: Path, kind: str, text: str, *, force: bool = False, meanwhile=lambda: None) -> None:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        if kind == "named file":
+            patch.delattr(os, "O_TMPFILE", raising=False)
+        new = stack.enter_context(whole_or_nothing(path, size=1, folder=kind == "folder", force=force))
+        if kind == "folder":
+            (new / "params").mkdir(parents=True)
+            (new / "params" / "_METADATA").write_text(text)
+        else:
+            new.write_text(text)
+        meanwhile()
+
+
+def content(path: Path) -> str:
+    return (path / "params" / "_METADATA" if path.is_dir() else path).read_text()
+
+
+def leftovers(folder: Path) -> int:
+    """How many a killed writer of a file leaves for the next to remove: none where a file can be without a name."""
+    with _unnamed_file(folder) as unnamed:
+        return unnamed is None
+
+
+# Writes in a process of its own and stops in the middle, or after that step of putting it in place which is named.
+WRITER = """
+import pathlib, sys
+import convert.files, test_files
+path, kind, force, step = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True", sys.argv[4]
+def stop():
+    print("here", flush=True)
+    sys.stdin.read()
+if step != "writing":
+    owner, name = {"link": (convert.files, "_link"), "rename": (pathlib.Path, "rename")}[step]
+    done = getattr(owner, name)
+    setattr(owner, name, lambda *arguments: (done(*arguments), stop()))
+test_files.write(path, kind, "new", force=force, meanwhile=stop if step == "writing" else lambda: None)
+"""
+
+
+def stopped_writer(path: Path, kind: str, *, force: bool = False, step: str = "writing") -> subprocess.Popen:
+    command = [sys.executable, "-c", WRITER, str(path), kind, str(force), step]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+    assert process.stdout.readline() == "here\n"
+    return process
+
+
+def kill(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_killed_writer_of_a_file_leaves_nothing(tmp_path, force):
+    target = tmp_path / "w"
+    if force:
+        target.write_text("old")
+    kill(stopped_writer(target, "file", force=force))
+    assert len(os.listdir(tmp_path)) == force + leftovers(tmp_path)
+    assert not force or target.read_text() == "old"
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path, kind, force):
+    target = tmp_path / "w"
+    if force:
+        write(target, kind, "old")
+    kill(stopped_writer(target, kind, force=force))
+    assert len(os.listdir(tmp_path)) == 1 + force
+    assert not force or content(target) == "old"
+    write(tmp_path / "another", kind, "another")
+    assert len(os.listdir(tmp_path)) == 2 + force  # whose leftovers are not its concern
+    write(target, kind, "newer", force=force)
+    assert sorted(os.listdir(tmp_path)) == ["another", "w"]
+    assert content(target) == "newer"
+
+
+def test_a_killed_replacement_of_a_file_leaves_the_old_one(tmp_path):
+    target = tmp_path / "w"
+    target.write_text("old")
+    kill(stopped_writer(target, "file", force=True, step="link"))
+    assert target.read_text() == "old"
+    write(target, "file", "newer", force=True)
+    assert os.listdir(tmp_path) == ["w"]
+
+
+def test_a_folder_whose_replacement_was_killed_is_put_back(tmp_path):
+    target = tmp_path / "w"
+    write(target, "folder", "old")
+    kill(stopped_writer(target, "folder", force=True, step="rename"))
+    with pytest.raises(CheckpointError, match="a folder is in the way"):
+        write(target, "folder", "newer")
+    assert os.listdir(tmp_path) == ["w"]
+    assert content(target) == "old"
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_what_a_living_writer_is_at_is_left_alone(tmp_path, kind):
+    target = tmp_path / "w"
+    process = stopped_writer(target, kind)
+    write(target, kind, "ours")
+    assert len(os.listdir(tmp_path)) == 2
+    target.rename(tmp_path / "ours")
+    process.communicate("go on")
+    assert process.returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["ours", "w"]
+    assert content(target) == "new"
+
+
+def test_leftovers_without_a_lock_are_removed(tmp_path):
+    """Of a writer that was killed when it had made its folder and no more, and of one killed when it removed it."""
+    (tmp_path / ".w.abcdefgh.tmp").mkdir()
+    (tmp_path / ".w.ijklmnop.tmp" / "new" / "params").mkdir(parents=True)
+    write(tmp_path / "w", "folder", "new")
+    assert os.listdir(tmp_path) == ["w"]
+
+
+def test_a_writer_whose_folder_was_taken_for_abandoned_makes_another(tmp_path, monkeypatch):
+    from convert import files
+
+    honest, made = files.tempfile.mkdtemp, []
+
+    def hasty(**arguments):
+        made.append(honest(**arguments))
+        if len(made) == 1:
+            files._remove_abandoned(tmp_path / "w")
+            assert not os.path.exists(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", hasty)
+    write(tmp_path / "w", "folder", "new")
+    assert len(made) == 2
+    assert os.listdir(tmp_path) == ["w"]
+
+
+@kinds
+def test_a_name_that_a_pattern_could_mistake_is_safe(tmp_path, kind):
+    (tmp_path / ".wx.abcdefgh.tmp").mkdir()
+    write(tmp_path / "w[x]", kind, "new")
+    write(tmp_path / "w?", kind, "new")
+    assert (tmp_path / ".wx.abcdefgh.tmp").exists()
+
+
+@kinds
+@pytest.mark.parametrize("force", [False, True])
+def test_a_new_file_has_the_permissions_of_any_other(tmp_path, kind, force):
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "w", kind, "old")
+        write(tmp_path / "w", kind, "new", force=True) if force else None
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "file").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "w").stat().st_mode == (tmp_path / ("folder" if kind == "folder" else "file")).stat().st_mode
+
+
+@kinds
+@pytest.mark.parametrize("force", [False, True])
+def test_a_failed_writer_leaves_what_was_there(tmp_path, kind, force):
+    target = tmp_path / "w"
+    if force:
+        write(target, kind, "old")
+
+    def fail():
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        write(target, kind, "new", force=force, meanwhile=fail)
+    assert os.listdir(tmp_path) == ["w"] * force
+    assert not force or content(target) == "old"
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path, kind, monkeypatch):
+    from convert import files
+
+    target, checks = tmp_path / "w", iter([lambda *_, **__: None, lambda *_, **__: target.write_text("somebody else's")])
+    monkeypatch.setattr(files, "check_writable", lambda *a, **k: next(checks)(*a, **k))
+    with pytest.raises(CheckpointError, match="w: appeared while it was being written; the other one is kept"):
+        write(target, kind, "new")
+    assert os.listdir(tmp_path) == ["w"]
+    assert target.read_text() == "somebody else's"
+
+
+def test_a_file_system_without_links_gets_a_renamed_file(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError("no hard links here")
+
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    monkeypatch.setattr(os, "link", refuse)
+    write(tmp_path / "w", "file", "new")
+    assert os.listdir(tmp_path) == ["w"]
+    assert content(tmp_path / "w") == "new"
+
+
+CONVERSION = """
+import sys
+from convert.checkpoint import read, write
+from convert import containers
+source, target = sys.argv[1:]
+checkpoint = read(source, num_blocks=2)
+containers.module(containers.for_writing(__import__("pathlib").Path(target)))
+print("here", flush=True)
+write(target, checkpoint, force=True)
+"""
+LARGER = MixerConfig(
+    patch_size=(16, 16),
+    image_size=(224, 224),
+    num_blocks=2,
+    hidden_dim=500,
+    tokens_mlp_dim=250,
+    channels_mlp_dim=2000,
+    num_classes=1000,
+)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("ending", [".npz", ".safetensors", pytest.param(".pt", marks=pytest.mark.torch), ""])
+def test_thirty_kills_of_a_conversion_leave_nothing_partial_and_nothing_else(tmp_path, ending):
+    """At random moments of a conversion that replaces a file, the last ones after it is done."""
+    seed = random.Random(ending)
+    weights = {size: random_weights(LARGER, seed=size) for size in (0, 1)}
+    (tmp_path / "to").mkdir()
+    target = tmp_path / "to" / f"w{ending}"
+    np.savez(tmp_path / "new.npz", **weights[1])
+    convert.write(target, Checkpoint.from_arrays(weights[0]))
+    command = [sys.executable, "-c", CONVERSION, str(tmp_path / "new.npz"), str(target)]
+
+    def started() -> subprocess.Popen:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "here\n"
+        return process
+
+    def holds() -> int:
+        arrays = convert.read(target, num_blocks=2).as_numpy()
+        assert arrays.keys() == weights[0].keys()
+        (which,) = [k for k, w in weights.items() if all(same_bytes(w[name], array) for name, array in arrays.items())]
+        return which
+
+    process = started()
+    begun = time.monotonic()
+    assert process.wait() == 0
+    needed = time.monotonic() - begun
+    assert holds() == 1
+    killed = replaced = left = 0
+    for _ in range(30):
+        convert.write(target, Checkpoint.from_arrays(weights[0]), force=True)
+        assert os.listdir(target.parent) == [target.name]  # also if the kill before left something
+        process = started()
+        try:
+            process.wait(seed.uniform(0, needed))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+        process.stdout.close()
+        left += len(os.listdir(target.parent)) > 1
+        if target.exists():
+            replaced += holds()
+        else:  # a folder, between two renames: the next writer puts it back
+            assert not ending
+    print(f"{ending or 'Orbax'}: {killed} killed in {needed:.2f} s, {replaced} done before, {left} left something for the next")
+    assert killed >= 20
+    assert left == 0 or not ending or leftovers(tmp_path)
+    convert.write(target, Checkpoint.from_arrays(weights[0]), force=True)
+    assert os.listdir(target.parent) == [target.name]
