@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -102,8 +103,8 @@ def whole_or_nothing(path: str | os.PathLike[str], *, size: int, folder: bool = 
     """A path to write a file to, or with `folder` a folder, which becomes `path` at the end of the block, or vanishes.
 
     Refused at once where the disk has no room for `size` bytes. A file has no name until it is done, where the system can do
-    that, so even a killed process leaves nothing. Else, and for folders, it lies in a temporary folder beside `path`; what a
-    dead process left there is removed here. The last step is one link or rename; the content has reached the disk by then.
+    that, so even a killed process leaves nothing. Else, and for folders, it lies in a temporary folder beside `path`; what
+    dead processes left there is removed first. The last step is one link or rename; the content has reached the disk by then.
     Without `force` an existing `path` is an error, also one that appears meanwhile. With `force` a file takes a file's place,
     and a folder the place of another Orbax checkpoint, never that of any other folder.
     """
@@ -120,7 +121,8 @@ def whole_or_nothing(path: str | os.PathLike[str], *, size: int, folder: bool = 
         sync(new)
         check_writable(path, force=force)
         if unnamed and force:  # only a rename replaces, and a rename takes a name
-            new = stack.enter_context(_temporary_folder(path)) / "new"
+            new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+            stack.callback(new.unlink, missing_ok=True)
             _link(unnamed, new)
         if folder and path.is_dir():
             path.rename(new.parent / "replaced")
@@ -153,10 +155,14 @@ def is_orbax(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _unnamed_file(folder: Path) -> Iterator[Path | None]:
-    """A file in this folder that vanishes with the process unless it is linked. None where the system has no such thing."""
+    """A file in this folder that vanishes with the process unless it is linked. None where the system has no such thing.
+
+    It is locked, as `_temporary_folder` is.
+    """
     handle = None
     with contextlib.suppress(AttributeError, OSError):  # another system than Linux, a file system that cannot
         handle = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+        _flock(handle)
     try:
         path = Path(f"/proc/self/fd/{handle}")
         yield path if path.exists() else None
@@ -175,6 +181,11 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
     with lock:
         try:
             yield folder
+        except BaseException:
+            for _ in range(5):  # the threads of Orbax's failed writer make it anew for a moment
+                _remove(folder)
+                time.sleep(0.05)
+            raise
         finally:
             _remove(folder)
 
@@ -192,21 +203,24 @@ def _locked(path: Path) -> BinaryIO | None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary folders of `path` whose writer is dead. A checkpoint that it was about to replace is put back."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.tmp"):
+    """Remove the temporary files and folders of `path` whose writer is dead. A folder that one was replacing is put back."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.tmp"):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # above all BlockingIOError: its writer lives
-            inside = os.listdir(folder)
-            if "lock" in inside:
-                _flock(stack.enter_context(open(folder / "lock", "rb+")), wait=False)
+            inside = os.listdir(left) if left.is_dir() else []
+            lock = left / "lock" if "lock" in inside else left
+            if lock.is_file():
+                _flock(stack.enter_context(open(lock, "rb+")), wait=False)
             if "replaced" in inside and not path.exists():
-                (folder / "replaced").rename(path)
+                (left / "replaced").rename(path)
             if inside:
-                _remove(folder)
+                _remove(left)
+            elif lock.is_file():
+                left.unlink()
             else:  # unlike a tree's, this removal fails where its writer has just gone on
-                folder.rmdir()
+                left.rmdir()
 
 
-def _flock(file: BinaryIO, *, wait: bool = True) -> None:
+def _flock(file: BinaryIO | int, *, wait: bool = True) -> None:
     import fcntl  # not on Windows
 
     fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
