@@ -178,7 +178,6 @@ def _facts(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
     def origin(entry: str) -> str:
         return "the file says so" if entry in checkpoint.stated else f"{checkpoint.layout.name}'s default"
 
-    unverified = format == "safetensors" and checkpoint.claimed is None
     return {
         "layout": checkpoint.layout.name,
         "format": format,
@@ -197,7 +196,9 @@ def _facts(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
         "gelu": f"{metadata.gelu} ({origin('gelu')})",
         "layer_norm_epsilon": f"{metadata.layer_norm_epsilon:g} ({origin('layer_norm_epsilon')})",
         "preprocessing": f"{metadata.preprocessing or 'unknown'} ({origin('preprocessing')})",
-        "integrity": "cannot be verified: the file has no checksums" if unverified else "as written, by the file's checksums",
+        "integrity": "as written, by the file's checksums"
+        if checkpoint.verified
+        else "cannot be verified: the file has no checksums",
         "fingerprint": fingerprint(checkpoint.arrays, checkpoint.layout),
         "can be": published or "none of the published files",
         "notes": list(checkpoint.notes) or "none",

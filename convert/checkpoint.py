@@ -90,6 +90,7 @@ class Checkpoint:
     stated: frozenset[str] = frozenset()  # the entries of metadata that a file stated itself
     notes: tuple[str, ...] = ()  # what a person should know of how it was read
     claimed: str | None = None  # the fingerprint that a file states
+    verified: bool = False  # its file has checksums of all arrays, which are checked when it is read
 
     def __post_init__(self) -> None:
         _ = self.sizes, self.dtype
@@ -458,7 +459,7 @@ def _open(path: Path, key: str | None, allow_nonfinite: bool) -> Checkpoint:
     said = containers.unsealed(content.metadata or {})
     checkpoint = Checkpoint.from_arrays(_naming(content.arrays, path), key=key, said=said, source=str(path))
     notes = (*checkpoint.notes, *_left_out(content.others))
-    checkpoint = replace(checkpoint, notes=notes, claimed=content.fingerprint)
+    checkpoint = replace(checkpoint, notes=notes, claimed=content.fingerprint, verified=content.verified)
     return checkpoint if allow_nonfinite else checkpoint.require_finite()
 
 

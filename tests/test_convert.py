@@ -193,10 +193,62 @@ def test_an_npz_speaks_only_where_it_differs_from_googles(tmp_path, square):
 
 def test_a_zip_comment_of_somebody_elses_is_left_alone(tmp_path):
     path = saved(tmp_path / "w.npz", random_weights(TINY))
-    for comment in (b"trained on a Tuesday", b"[1]", b'{"other": 1}'):
+    for comment in (
+        b"trained on a Tuesday",
+        b"[1]",
+        b'{"other": 1}',
+        b'{"crc32": "a sum of theirs"}',
+        b'{"weights": {"crc32": "0123abcd"}, "checksums": 3}',
+        b"crc32 of the folder: 0123abcd, for mixer_jax",
+        b"[" * 60_000,
+        b'{"by": "mixer_jax"}',
+        "trainé".encode("latin-1"),
+    ):
         with zipfile.ZipFile(path, "a") as archive:
             archive.comment = comment
-        assert convert.read(path).metadata.gelu == "tanh"
+        read = convert.read(path)
+        assert read.metadata.gelu == "tanh"
+        assert not read.stated
+        assert equal(read.arrays, random_weights(TINY))
+
+
+@pytest.mark.parametrize(
+    "theirs", [{"crc32": "0123abcd"}, {"checksums": "none"}, {"checksums": "{}", "fingerprint": "x"}, {"a": "crc32"}]
+)
+def test_safetensors_metadata_of_somebody_elses_is_left_alone(tmp_path, theirs):
+    from safetensors.numpy import save_file
+
+    save_file(random_weights(TINY), tmp_path / "w.safetensors", metadata=theirs)
+    read = convert.read(tmp_path / "w.safetensors")
+    assert not read.stated
+    assert not read.verified
+    assert read.claimed is None
+    assert equal(read.arrays, random_weights(TINY))
+
+
+def test_orbax_metadata_of_somebody_elses_is_left_alone(tmp_path):
+    theirs = {"crc32": "0123abcd", "checksums": [], "step": 3, "labels": "none"}
+    read = convert.read(orbax_folder(tmp_path / "w", random_weights(TINY), theirs))
+    assert not read.stated
+    assert not read.verified
+    assert equal(read.arrays, random_weights(TINY))
+
+
+def test_an_orbax_folder_from_before_there_were_checksums_keeps_its_numerics(tmp_path):
+    said = containers.sealed(Checkpoint.from_arrays(random_weights(TINY)).with_metadata(gelu="exact").metadata.said())
+    read = convert.read(orbax_folder(tmp_path / "w", random_weights(TINY), said))
+    assert read.metadata.gelu == "exact"
+    assert not read.verified
+
+
+def orbax_folder(path, weights, said):
+    import orbax.checkpoint as ocp
+    from flax.traverse_util import unflatten_dict
+
+    items = {"params": ocp.args.StandardSave(unflatten_dict(weights, sep="/")), "metadata": ocp.args.JsonSave(said)}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.Composite(**items))
+    return path
 
 
 def test_too_many_labels_for_a_zip_comment_are_refused(tmp_path):

@@ -161,16 +161,96 @@ def test_an_orbax_folder_without_a_part_is_refused_or_says_nothing(tmp_path, ori
         assert not convert.read(path).stated
 
 
-def test_a_safetensors_of_another_writer_cannot_be_verified(tmp_path, original, capsys):
-    from safetensors.numpy import save_file
+CANNOT, AS_WRITTEN = "cannot be verified: the file has no checksums", "as written, by the file's checksums"
 
+
+@pytest.mark.parametrize(
+    ("ending", "theirs"),
+    [
+        (".npz", AS_WRITTEN),
+        (".safetensors", CANNOT),
+        pytest.param(".pt", AS_WRITTEN, marks=pytest.mark.torch),
+        ("", CANNOT),
+    ],
+)
+def test_inspect_says_of_every_file_whether_it_can_be_verified(tmp_path, original, capsys, ending, theirs):
+    """A zip has its own checksums, whoever wrote it; safetensors and Orbax folders have those that we write."""
     from convert.__main__ import main
 
-    save_file(original.as_numpy(), tmp_path / "theirs.safetensors")
-    convert.write(tmp_path / "ours.safetensors", original)
-    for name, verdict in (("theirs", "cannot be verified: the file has no checksums"), ("ours", "as written, by the file's")):
-        assert main(["inspect", str(tmp_path / f"{name}.safetensors")]) == 0
-        assert verdict in capsys.readouterr().out
+    saved_by_others(tmp_path / f"theirs{ending}", original.as_numpy())
+    convert.write(tmp_path / f"ours{ending}", original)
+    for name, verdict in (("theirs", theirs), ("ours", AS_WRITTEN)):
+        assert main(["inspect", str(tmp_path / f"{name}{ending}"), "--image-size", "1x2"]) == 0
+        assert f"integrity           {verdict}\n" in capsys.readouterr().out
+
+
+def saved_by_others(path, weights):
+    """With the library that most people use for a format."""
+    if path.suffix == ".npz":
+        np.savez(path, **weights)
+    elif path.suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        save_file(weights, path)
+    elif path.suffix == ".pt":
+        import torch
+
+        torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, path)
+    else:
+        import orbax.checkpoint as ocp
+        from flax.traverse_util import unflatten_dict
+
+        tree = ocp.args.StandardSave(unflatten_dict(weights, sep="/"))
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(path, args=ocp.args.Composite(params=tree))
+
+
+def test_an_orbax_folder_with_other_values_is_refused(tmp_path, original):
+    """Whole and sound as a folder, with an array, a shape or a name that is not the one that was written."""
+    convert.write(tmp_path / "ours", original)
+    weights, name = original.as_numpy(), "head/kernel"
+    changes = {
+        "a bit": {name: (weights[name].view(np.uint32) ^ (np.arange(4).reshape(2, 2) == 3)).astype(np.uint32).view(np.float32)},
+        "shape": {name: weights[name].reshape(4)},
+        "dtype": {name: weights[name].view(np.int32)},
+        "more": {"another/kernel": weights[name]},
+    }
+    for change, arrays in changes.items():
+        shutil.copytree(tmp_path / "ours", tmp_path / change)
+        shutil.rmtree(tmp_path / change / "params")
+        saved_by_others(tmp_path / "theirs", weights | arrays)
+        (tmp_path / "theirs" / "params").rename(tmp_path / change / "params")
+        shutil.rmtree(tmp_path / "theirs")
+        with pytest.raises(
+            CheckpointError, match=rf"^{tmp_path / change}: {next(iter(arrays))}: not what was written \(CRC-32\)"
+        ):
+            convert.read(tmp_path / change)
+
+
+@pytest.mark.parametrize(
+    ("ending", "name"),
+    [(".npz", "mixer_jax"), (".safetensors", "mixer_jax"), (".safetensors", "checksums"), ("", "mixer_jax"), ("", "checksums")],
+)
+def test_metadata_of_ours_does_not_pass_for_somebody_elses(tmp_path, original, ending, name):
+    """One damaged name does not make the numerics and the checksums of a file vanish."""
+    path = tmp_path / f"w{ending}"
+    convert.write(path, original)
+    file = path / "metadata" / "metadata" if path.is_dir() else path
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(f'"{name}'.encode(), f'"{name[:-1]}?'.encode(), 1))
+    assert file.read_bytes() != whole
+    with pytest.raises(CheckpointError, match=f"damaged.*KeyError: '{name}'"):
+        convert.read(path)
+
+
+def test_an_npz_comment_of_zeros_is_not_taken_for_silence(tmp_path, original):
+    path = tmp_path / "w.npz"
+    convert.write(path, original)
+    data = path.read_bytes()
+    start = data.rindex(b'{"mixer_jax"')
+    path.write_bytes(data[:start] + bytes(len(data) - start))
+    with pytest.raises(CheckpointError, match="its zip comment is damaged"):
+        convert.read(path)
 
 
 def test_changed_weights_are_not_held_to_the_files_fingerprint(tmp_path, original, capsys):

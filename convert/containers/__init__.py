@@ -25,12 +25,22 @@ ENDINGS = {".npz": "npz", ".safetensors": "safetensors", ".pt": "pt", ".pth": "p
 @dataclass(frozen=True)
 class Content:
     """What a file holds: arrays by name, what it says of them besides (None if nothing), the paths of what is no array,
-    and the fingerprint it states."""
+    the fingerprint it states, and whether every array is held against a checksum of the file when it is read."""
 
     arrays: Mapping[str, Array]
     metadata: Mapping[str, Any] | None = None
     others: Sequence[str] = ()
     fingerprint: str | None = None
+    verified: bool = False
+
+
+OURS = "mixer_jax"
+SIGNED = {"written_by": OURS}
+
+
+def is_ours(found: Any) -> bool:
+    """Whether an entry OURS was written here, by that name or the signature beside it: one of the two may be damaged."""
+    return isinstance(found, Mapping) and (OURS in found or found.items() >= SIGNED.items())
 
 
 def sealed(metadata: Mapping[str, Any]) -> dict[str, Any]:

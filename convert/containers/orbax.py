@@ -1,17 +1,21 @@
-"""An Orbax folder: the item `params`, a tree whose paths are the names split at "/", and the JSON item `metadata`."""
+"""An Orbax folder: the item `params`, a tree whose paths are the names split at "/", and the JSON item `metadata`.
+
+In that are our metadata, under "mixer_jax", and the CRC-32 of each array under "checksums", since Orbax checks none.
+"""
 
 import contextlib
 import logging
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..arrays import Array
+from ..arrays import Array, as_bytes, contiguous
 from ..errors import CheckpointError
 from ..wrappers import flattened
-from . import Content
+from . import OURS, SIGNED, Content, is_ours
 
 try:
     import orbax.checkpoint as ocp
@@ -31,24 +35,49 @@ def read(path: Path) -> Content:
             restored = checkpointer.restore(path, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise whatever was underneath
         raise CheckpointError(f"Orbax cannot restore it: {_reason(error)}") from None
-    arrays, others = flattened(restored["params"])
-    return Content({name: np.asarray(array) for name, array in arrays.items()}, restored.get("metadata"), others)
+    found, others = flattened(restored["params"])
+    arrays = {name: np.asarray(array) for name, array in found.items()}
+    said = restored.get("metadata")
+    if is_ours(said):
+        return Content(arrays, _checked(said, arrays), others, verified=True)
+    unsigned = isinstance(said, Mapping) and said.keys() >= {"crc32", "gelu"}  # ours from before there were checksums
+    return Content(arrays, said if unsigned else None, others)
 
 
 def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None) -> None:
     tree: dict[str, Any] = {}
+    checksums = {}
     for name, array in arrays.items():
         *folders, leaf = name.split("/")
         node = tree
         for folder in folders:
             node = node.setdefault(folder, {})
         node[leaf] = np.asarray(array)
-    items = ocp.args.Composite(params=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(dict(metadata or {})))
+        checksums[name] = _checksum(node[leaf])
+    said = {OURS: dict(metadata or {}), "checksums": checksums} | SIGNED
+    items = ocp.args.Composite(params=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(said))
     try:
         with _checkpointer() as checkpointer:
             checkpointer.save(path.absolute(), args=items)
     except Exception as error:
         raise CheckpointError(f"Orbax cannot write it: {_reason(error)}") from None
+
+
+def _checked(said: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+    """Our metadata. Raises CheckpointError unless the arrays are the ones that were written with it."""
+    try:
+        metadata, checksums = said[OURS], dict(said["checksums"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"a damaged item 'metadata' ({type(error).__name__}: {error})") from None
+    wrong = [name for name in arrays.keys() | checksums.keys() if name not in arrays or name not in checksums]
+    wrong = wrong or [name for name, array in arrays.items() if _checksum(array) != checksums[name]]
+    if wrong:
+        raise CheckpointError(f"{min(wrong)}: not what was written (CRC-32): write or copy the folder again")
+    return metadata
+
+
+def _checksum(array: np.ndarray) -> str:
+    return f"{zlib.crc32(as_bytes(contiguous(array)), zlib.crc32(f'{array.dtype.name} {array.shape}'.encode())):08x}"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from ..dtypes import as_dtype
 from ..errors import CheckpointError
 from ..files import OpenFile
 from ..wrappers import flattened
-from . import Content
+from . import OURS, Content
 from .zips import Member, read_directory
 
 try:
@@ -47,12 +47,12 @@ def read(path: Path) -> Content:
         raise CheckpointError(f"holds a {type(state).__name__}, not a state_dict")
     metadata = getattr(state, "_metadata", None) or {}
     arrays, others = flattened(state)
-    return Content(_from_file(arrays, file, members), metadata.get("mixer_jax"), others)
+    return Content(_from_file(arrays, file, members), metadata.get(OURS), others, verified=True)
 
 
 def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None) -> None:
     state = collections.OrderedDict((name, to_torch(array)) for name, array in arrays.items())
-    said = {"mixer_jax": dict(metadata)} if metadata else {}
+    said = {OURS: dict(metadata)} if metadata else {}
     state._metadata = collections.OrderedDict({"": {"version": 1}} | said)  # type: ignore[attr-defined]
     with open(path, "wb") as file:  # a Python file, so that a full disk is an OSError and not a C++ one
         try:

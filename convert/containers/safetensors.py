@@ -2,7 +2,7 @@
 
 Written here rather than with the library of that name because that one wants every array in memory before it writes the
 first; tests hold both against each other. In `__metadata__` are our metadata, as JSON under "mixer_jax", and the CRC-32 of each
-array under "checksums", since the format has none of its own.
+array under "checksums", since the format has none of its own. In a file of another writer all of them are somebody else's.
 """
 
 import json
@@ -18,7 +18,7 @@ from ..arrays import Array, LazyArray, in_pieces, parts
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
 from ..files import OpenFile, Span
-from . import Content
+from . import OURS, SIGNED, Content, is_ours
 
 DTYPES = {"BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "C64": "complex64", "BOOL": "bool"}
 DTYPES |= {f"F{bits}": f"float{bits}" for bits in (16, 32, 64)}
@@ -35,10 +35,11 @@ def read(path: Path) -> Content:
         header = json.loads(file.read(8, length).tobytes(), object_pairs_hook=_no_name_twice)
         said = header.pop("__metadata__", {})
         arrays = {name: _entry(**entry) for name, entry in header.items()}
-        ours = [value for name, value in said.items() if name == "mixer_jax" or "crc32" in value]
-        metadata = json.loads(said["mixer_jax"]) if ours else None
-        checksums = json.loads(said.get("checksums", "{}"))
-        checksums = {name: int(checksums[name], 16) if checksums else None for name in arrays}
+        ours = is_ours(said)
+        metadata = json.loads(said[OURS]) if ours else None
+        fingerprint = said["fingerprint"] if ours else None
+        written = json.loads(said["checksums"]) if ours else {}
+        checksums = {name: int(written[name], 16) if ours else None for name in arrays}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"a damaged safetensors header ({type(error).__name__}: {error})") from None
 
@@ -51,7 +52,7 @@ def read(path: Path) -> Content:
         reached, lazy[name] = end, _lazy(name, span, shape, dtype)
     if 8 + length + reached != file.size:
         raise CheckpointError(f"truncated or damaged: {8 + length + reached} bytes announced, the file has {file.size}")
-    return Content({name: lazy[name] for name in arrays}, metadata, fingerprint=said.get("fingerprint") or None)
+    return Content({name: lazy[name] for name in arrays}, metadata, fingerprint=fingerprint or None, verified=ours)
 
 
 def write(
@@ -59,7 +60,7 @@ def write(
 ) -> None:
     """`fingerprint` is asked before the arrays are read and again after, for as many letters."""
     said = {"format": "pt"} if any("." in name for name in arrays) else {}  # what PyTorch's own loaders ask for
-    said |= {"mixer_jax": json.dumps(metadata)} if metadata else {}
+    said |= {OURS: json.dumps(metadata or {})}
     checksums = dict.fromkeys(arrays, 0)
     header: dict[str, Any] = {"__metadata__": said}
     codes, reached = {name: code for code, name in DTYPES.items()}, 0
@@ -70,7 +71,7 @@ def write(
 
     def front() -> bytes:  # as long before the checksums are known as after
         known = json.dumps({name: f"{crc:08x}" for name, crc in checksums.items()})
-        header["__metadata__"] |= {"checksums": known, "fingerprint": fingerprint()}
+        header["__metadata__"] |= {"checksums": known, "fingerprint": fingerprint()} | SIGNED
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the arrays start aligned
         return struct.pack("<Q", len(text)) + text
