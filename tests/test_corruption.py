@@ -1,10 +1,12 @@
 """A damaged file is an error, or its damage touches neither an array nor what the file says of them."""
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import mutations
 import numpy as np
 import pytest
 from conftest import random_weights
@@ -159,6 +161,44 @@ def test_an_orbax_folder_without_a_part_is_refused_or_says_nothing(tmp_path, ori
             convert.read(path)
     else:
         assert not convert.read(path).stated
+
+
+# How many of the 20,000 mutations of the whole campaign a format gets; restoring an Orbax folder takes long.
+SHARES = {
+    "npz": 4500,
+    "npz deflated by NumPy": 3500,
+    "safetensors": 4500,
+    "safetensors of the library": 2500,
+    "pt": 4000,
+    "orbax": 1000,
+}
+formats = pytest.mark.parametrize("format", [pytest.param(f, marks=pytest.mark.torch) if f == "pt" else f for f in SHARES])
+
+
+def nothing_is_wrong(folder, format: str, count: int) -> None:
+    if format == "orbax":  # in a process of its own, as above
+        command = [sys.executable, mutations.__file__, str(folder), format, str(count)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        counts = json.loads(done.stdout)
+    else:
+        counts = mutations.campaign(folder, format, count)
+    print(f"{format:<27}" + "".join(f"{number:>8,} {outcome}" for outcome, number in counts.items()))
+    assert sum(counts.values()) == count
+    assert counts["traceback"] == 0
+    assert counts["refused"] > 0.3 * count
+    assert (counts["wrong"] > 0) == (format == "safetensors of the library")  # it has no checksums
+
+
+@formats
+def test_mutations_are_refused_or_harmless_where_there_are_checksums(tmp_path, format):
+    nothing_is_wrong(tmp_path, format, SHARES[format] // 50)
+
+
+@pytest.mark.heavy
+@formats
+def test_20_000_mutations_are_refused_or_harmless_where_there_are_checksums(tmp_path, format):
+    nothing_is_wrong(tmp_path, format, SHARES[format])
 
 
 CANNOT, AS_WRITTEN = "cannot be verified: the file has no checksums", "as written, by the file's checksums"
