@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
@@ -45,8 +46,11 @@ class MixerConfig:
         sizes = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim", "in_channels")
         for name, least in [(name, 1) for name in sizes] + [("num_classes", 0)]:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            count = as_int(value)
+            if count is None or count < least:
                 faults.append(f"{name} must be a whole number of at least {least}, not {value!r}")
+            else:
+                object.__setattr__(self, name, count)
         if any(pixels % patch for pixels, patch in zip(self.image_size, self.patch_size)):
             faults.append(f"image_size {_x(self.image_size)} is not a whole number of {_x(self.patch_size)} patches")
         if self.gelu not in get_args(Gelu):
@@ -152,10 +156,20 @@ def variant_letter(sizes: Mapping[str, object]) -> str | None:
 
 def as_size(value: int | Size, name: str) -> Size:
     """A (height, width) pair; one number means a square."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
-        raise ValueError(f"{name} must be a positive whole number or a (height, width) pair of them, not {value!r}")
-    return pair
+    side = as_int(value)
+    sides = (side, side) if side is not None or not isinstance(value, Iterable) else tuple(map(as_int, value))
+    match sides:
+        case (int(height), int(width)) if height > 0 and width > 0:
+            return height, width
+    raise ValueError(f"{name} must be a positive whole number or a (height, width) pair of them, not {value!r}")
+
+
+def as_int(value: object) -> int | None:
+    """A whole number of any library, such as NumPy, as Python's; None for anything else."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _dense(fan_in: int, units: int) -> int:

@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 from conftest import TINY
 
@@ -83,6 +84,9 @@ def test_a_config_is_frozen_and_hashable():
         ({"image_size": (8, 16)}, "image_size 8x16 is not a whole number of 2x3 patches"),
         ({"num_blocks": 0}, "num_blocks must be a whole number of at least 1, not 0"),
         ({"hidden_dim": 7.0}, "hidden_dim must be a whole number of at least 1, not 7.0"),
+        ({"hidden_dim": np.float32(7)}, "hidden_dim must be a whole number of at least 1, not np.float32(7.0)"),
+        ({"image_size": 8.0}, "image_size must be a positive whole number or a (height, width) pair"),
+        ({"image_size": "88"}, "image_size must be a positive whole number or a (height, width) pair"),
         ({"num_classes": -1}, "num_classes must be a whole number of at least 0, not -1"),
         ({"gelu": "erf"}, "gelu must be 'tanh' or 'exact', not 'erf'"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon must be a positive number, not 0"),
@@ -93,6 +97,26 @@ def test_impossible_sizes_are_refused(change, message):
     with pytest.raises(ValueError, match="^") as error:
         TINY.replace(**change)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, np.uint8, np.array])
+def test_counts_of_numpy_are_whole_numbers_and_become_pythons(number):
+    sizes = dataclasses.asdict(TINY)
+    counts = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    assert len(counts) == 6
+    config = TINY.replace(**{name: number(size) for name, size in counts.items()})
+    assert config == TINY
+    assert {type(getattr(config, name)) for name in counts} == {int}
+    assert TINY.replace(image_size=(number(8), number(15)), patch_size=np.array([2, 3])) == TINY
+    named = MixerConfig.named("S/32", image_size=number(224), num_classes=number(10))
+    assert named == MixerConfig.named("S/32", num_classes=10)
+    assert {type(side) for side in named.image_size} == {int}
+
+
+def test_a_checkpoint_takes_counts_of_numpy(golden):
+    weights = Checkpoint.from_arrays(golden.weights)
+    assert weights.with_classes(np.int64(3)).sizes["num_classes"] == 3
+    assert weights.with_image_size(np.array(golden.config.image_size)).config == golden.config
 
 
 def test_all_faults_are_told_at_once():
