@@ -3,5 +3,19 @@
 from .checkpoint import Checkpoint, Metadata, read, usual_layout, write
 from .config import VARIANTS, MixerConfig
 from .errors import CheckpointError
+from .published import list_models
 
-__all__ = ["VARIANTS", "Checkpoint", "CheckpointError", "Metadata", "MixerConfig", "read", "usual_layout", "write"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "VARIANTS",
+    "Checkpoint",
+    "CheckpointError",
+    "Metadata",
+    "MixerConfig",
+    "__version__",
+    "list_models",
+    "read",
+    "usual_layout",
+    "write",
+]

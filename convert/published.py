@@ -1,6 +1,7 @@
 """The released checkpoints as data: where they lie, how large they are and what is known of them."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 BASE_URL = "https://storage.googleapis.com/mixer_models/"
 HUB = "hf:"  # before owner/repository
@@ -66,3 +67,11 @@ ON_HUB = {
 def is_published(name: str) -> bool:
     """Whether a name is that of a file that can be fetched, and not a path."""
     return name.startswith(HUB) or name.removesuffix(".npz") in PUBLISHED
+
+
+def list_models(filter: str = "*") -> list[str]:
+    """The names of the published files that `load`, `read` and the commands take, those alone that match: "*B_16*".
+
+    `filter` is a pattern of `*`, `?` and `[...]`, in either case of letters. Any "hf:owner/repository" is taken besides.
+    """
+    return [name for name in (PUBLISHED | ON_HUB) if fnmatchcase(name.lower(), filter.lower())]

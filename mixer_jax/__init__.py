@@ -5,9 +5,24 @@ the module `mixer_jax.torch_model`.
 """
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert import VARIANTS, CheckpointError, MixerConfig
+
+def _require_own_convert() -> None:
+    """Raise ImportError where a file of somebody else's, such as one beside the script, has the name of our package."""
+    spec, own = importlib.util.find_spec("convert"), Path(__file__).resolve().parent.parent / "convert"
+    if spec is None or spec.origin is None or Path(spec.origin).resolve().parent != own:
+        raise ImportError(
+            f"mixer_jax needs its own package `convert`, in {own}, and Python finds {spec and spec.origin} by that name: the "
+            "name is taken, so give that file another"
+        )
+
+
+_require_own_convert()
+
+from convert import VARIANTS, CheckpointError, MixerConfig, __version__, list_models  # noqa: E402
 
 if TYPE_CHECKING:
     from .inference import compiled as compiled
@@ -24,7 +39,18 @@ _HOMES = {
     "save": ".pretrained",
 }
 
-__all__ = ["VARIANTS", "CheckpointError", "MixerConfig", *_HOMES]
+__all__ = [
+    "VARIANTS",
+    "CheckpointError",
+    "MixerConfig",
+    "MlpMixer",
+    "__version__",
+    "compiled",
+    "list_models",
+    "load",
+    "prepare",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:
