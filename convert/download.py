@@ -1,6 +1,7 @@
 """Fetching a published checkpoint: resumed where it broke off, checked, and in the cache whole or not at all."""
 
 import base64
+import contextlib
 import fcntl
 import hashlib
 import http.client
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 import numpy as np
+from tqdm import tqdm
 
 from .errors import CheckpointError
 from .published import BASE_URL, HUB, HUB_FILE, ON_HUB, PUBLISHED, Published
@@ -28,6 +30,7 @@ Progress = Callable[[int, int | None], object]
 Response = http.client.HTTPResponse | urllib.error.HTTPError
 
 CHUNK = 1 << 18  # bytes
+PATIENCE = 2.0  # seconds
 LANES = 1 << 11
 LONGEST_PAUSE = 60.0  # seconds
 MIRROR = "base=... or MIXER_JAX_BASE_URL names a mirror"
@@ -48,9 +51,10 @@ def download(
 
     `name` is a key of PUBLISHED, such as "imagenet1k/Mixer-B_16", or "hf:owner/repository". `cache` defaults to
     MIXER_JAX_CACHE, then ~/.cache/mixer-jax; `base`, the address of a mirror, to MIXER_JAX_BASE_URL, then BASE_URL.
-    `progress` is called with the bytes that are there and their total, None where the server does not say it. `force`
-    fetches also what is there. After a broken connection, `timeout` seconds of silence or an answer such as 503, up to
-    `retries` more requests go on where the last one ended; so does the next call, from the `.part` file that is left.
+    `progress` is called with the bytes that are there and their total, None where the server does not say it; unless it is
+    given, a terminal shows a bar for what takes longer than PATIENCE. `force` fetches also what is there. After a broken
+    connection, `timeout` seconds of silence or an answer such as 503, up to `retries` more requests go on where the last
+    one ended; so does the next call, from the `.part` file that is left.
 
     Raises CheckpointError, naming the address or the file and what to do. The hub is asked through its own client, with
     its own retries and progress bar, and its own cache unless one is named; ImportError where that client is missing.
@@ -73,10 +77,22 @@ def download(
             with open(target.with_name(f".{target.name}.lock"), "a+", encoding="utf-8") as state:
                 fcntl.flock(state, fcntl.LOCK_EX)  # whoever comes second waits here, then finds the file
                 if force or not target.is_file():
-                    _Transfer(f"{base}/{published.file}", target, listed, state, progress, timeout).run(retries)
+                    with _bar(published.name) if progress is None else contextlib.nullcontext(progress) as report:
+                        _Transfer(f"{base}/{published.file}", target, listed, state, report, timeout).run(retries)
         except OSError as error:
             raise CheckpointError(f"{target}: cannot be written ({error}); {ELSEWHERE}") from None
     return target
+
+
+@contextlib.contextmanager
+def _bar(name: str) -> Iterator[Progress]:
+    with tqdm(desc=name, unit="B", unit_scale=True, delay=PATIENCE, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 @dataclass
@@ -95,7 +111,7 @@ class _Transfer:
     target: Path
     listed: Published | None
     state: IO[str]
-    progress: Progress | None
+    progress: Progress
     timeout: float
 
     def __post_init__(self) -> None:
@@ -181,8 +197,7 @@ class _Transfer:
             for chunk in chunks:
                 file.write(chunk)
                 done += len(chunk)
-                if self.progress:
-                    self.progress(done, total)
+                self.progress(done, total)
             file.flush()
             os.fsync(file.fileno())
         return done

@@ -679,3 +679,53 @@ def test_a_published_name_loads_like_a_file_and_then_offline(site, tmp_path, mon
     assert main(["inspect", NAME, "--json"]) == 0
     assert main(["download", "imagenet1k/Mixer-Z_99"]) == 1
     assert "is no published checkpoint; these are:" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("where", ["download", "read", "load", "inspect", "predict", "summary"])
+def test_a_terminal_shows_the_progress_of_a_download_wherever_it_is_asked_for(site, tmp_path, monkeypatch, where):
+    import mixer_jax
+    from convert import read
+    from convert.__main__ import main
+    from mixer_jax.__main__ import main as mixer_main
+
+    square = Path(__file__).parent / "golden" / "square" / "google.npz"
+    site.files = {FILE: square.read_bytes()}
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("MIXER_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MIXER_JAX_BASE_URL", site.url)
+    monkeypatch.setattr(module, "PATIENCE", 0)
+    (tmp_path / "image.png").write_bytes(b"")
+    calls = {
+        "download": lambda: main(["download", NAME]),
+        "read": lambda: read(NAME),
+        "load": lambda: mixer_jax.load(NAME),
+        "inspect": lambda: main(["inspect", NAME]),
+        "predict": lambda: mixer_main(["predict", NAME, str(tmp_path / "image.png")]),
+        "summary": lambda: mixer_main(["summary", NAME]),
+    }
+    for error_stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", error_stream)
+        calls[where]()
+        assert (f"{NAME}: " in error_stream.getvalue()) == shown
+        shutil.rmtree(tmp_path / "cache")
+    assert [path for path, _ in site.asked] == [f"/{FILE}"] * 2
+
+
+def test_the_bar_reaches_the_total_and_goes_away(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(module, "PATIENCE", 0)
+    with module._bar("a file") as progress:
+        for done in (0, HALF, len(BODY)):
+            time.sleep(0.15)  # longer than between two drawings
+            progress(done, len(BODY))
+        drawn = terminal.getvalue()
+    assert " 43%|" in drawn
+    assert "300k/700k" in drawn
+    assert "100%|" in drawn
+    assert terminal.getvalue().endswith("\r")
