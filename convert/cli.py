@@ -3,11 +3,12 @@
 import argparse
 import contextlib
 import ctypes
+import difflib
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 
 from .checkpoint import Checkpoint, read
 from .config import Size, variant_sizes
@@ -32,6 +33,9 @@ def guarded(command: Callable[[], object]) -> int:
     except (CheckpointError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except MemoryError as error:
+        print(f"error: not enough memory: {str(error) or 'none is left'}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -44,10 +48,30 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).mallopt(-3, CHUNK + (1 << 13))  # M_MMAP_THRESHOLD; what is gone in a moment stays below
 
 
+def require_verb(parser: argparse.ArgumentParser, argv: list[str], verbs: Collection[str], known: str) -> None:
+    """End with a usage error, naming the nearest verb and `known` ones, where the first argument is none of them."""
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+        near = [f"did you mean {verb}?" for verb in difflib.get_close_matches(argv[0], verbs, n=1)]
+        parser.error(" ".join([f"no command {argv[0]!r}:", *near, f"the commands are {known}"]))
+
+
+def refuse_ignored(arguments: argparse.Namespace, options: Iterable[str], why: str) -> None:
+    """End with a usage error if one of these options was given: the command would ignore it.
+
+    What was not given is None or False: these options have no other default.
+    """
+    values = {name: getattr(arguments, name) for name in options}
+    given = [f"--{name.replace('_', '-')}" for name, value in values.items() if value is not None and value is not False]
+    if given:
+        arguments.usage(f"{', '.join(given)}: {why}")
+
+
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
     """The options of `convert.read` that any command with a checkpoint to read takes."""
     parser.add_argument("--image-size", type=size, metavar="HxW", help="pixels, where the tokens are no square grid")
-    parser.add_argument("--blocks", type=int, metavar="N", help="that this depth is meant, if no published Mixer has it")
+    parser.add_argument(
+        "--blocks", type=whole_number(1), metavar="N", help="that this depth is meant, if no published Mixer has it"
+    )
     parser.add_argument("--variant", type=variant, metavar="B/16", help="refuse any other")
     parser.add_argument("--dtype", choices=WEIGHTS, help="round to it, to nearest even; needed for float64")
     parser.add_argument("--key", help="which of several sets of weights in the file, such as state_dict_ema")
@@ -70,9 +94,21 @@ def read_asked(arguments: argparse.Namespace) -> Checkpoint:
 def size(text: str) -> Size:
     """ "224" or "224x448" (height first) as an argument."""
     height, _, width = text.partition("x")
-    if not (height.isdecimal() and (width or height).isdecimal()):
+    sides = (height, width or height)
+    if not all(side.isdecimal() and int(side) for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: 224 or 224x448, height first")
-    return int(height), int(width or height)
+    return int(sides[0]), int(sides[1])
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        return int(text)
+
+    return parse
 
 
 def variant(text: str) -> str:

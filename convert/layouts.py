@@ -51,6 +51,8 @@ class Layout:
     layer_norm_epsilon: float = 1e-6
     preprocessing: str | None = "resmall_crop"
     tanh_remedy: str = ""  # what makes a code of the exact GELU compute the tanh one
+    told_sizes: str = ""  # what its constructor must be told of other sizes than a variant's at 224 pixels
+    headless: str = ""  # what its owners' loader does with weights without a head
     spellings: tuple["Layout", ...] = ()  # names that are read as well and never written
 
     @property
@@ -73,6 +75,7 @@ GOOGLE = Layout(
         "head": "head/{leaf}",
     },
     leaves=FLAX_LEAVES,
+    headless="Google's loader stops without head/kernel and head/bias; --num-classes N writes them, as zeros",
 )
 
 FLAX = Layout(
@@ -107,6 +110,7 @@ TIMM = Layout(
     leaves=TORCH_LEAVES,
     gelu="exact",
     preprocessing="timm_bicubic",
+    told_sizes="mlp_ratio={mlp_ratio}, img_size={image_size}",
     tanh_remedy='act_layer=partial(nn.GELU, approximate="tanh")',
 )
 
@@ -163,6 +167,7 @@ LEGACY = Layout(
         "head": "head/{leaf}",
     },
     leaves=FLAX_LEAVES | {"mlp": {"kernel": "1 i o", "bias": "1 o"}},
+    headless=GOOGLE.headless,
 )
 
 # Before Flax Linen submodules were numbered across classes. Inferred from Flax's own conversion; no such file was seen.

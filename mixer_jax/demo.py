@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 from tqdm import tqdm
 
-from convert import MixerConfig
+from convert import CheckpointError, MixerConfig
 
 from .model import MlpMixer
 from .parity import agreement
@@ -99,7 +99,9 @@ def convert_and_compare(weights: Path, folder: Path, held_out: Digits | None) ->
 
     target = folder / f"{weights.stem}.pt"
     print(f"$ python -m convert npz2torch {weights} {target} --force", flush=True)
-    subprocess.run([sys.executable, "-m", "convert", "npz2torch", weights, target, "--force"], check=True)
+    done = subprocess.run([sys.executable, "-m", "convert", "npz2torch", weights, target, "--force"], check=False)
+    if done.returncode:
+        raise CheckpointError(f"{weights}: could not be converted, for the reason above")
     config = pretrained.load(weights).config
     images, labels = held_out if held_out else (noise(config), None)
     logits = {dtype: both(weights, target, images, dtype) for dtype in ("float32", "float64")}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert import CheckpointError
+from convert.labels import read_labels
 
 IMAGENET_CLASSES = 1000
 Labels = Sequence[str]
@@ -12,23 +12,10 @@ Labels = Sequence[str]
 def class_names(num_classes: int, *, file: Path | None, own: Labels | None) -> Labels | None:
     """A name for each class: a file's lines, else the checkpoint's `own`, else ImageNet-1k's for 1000 classes, else None."""
     if file is not None:
-        return from_file(file, num_classes)
+        return read_labels(file, num_classes)
     if own is not None:
         return own
     return imagenet_names() if num_classes == IMAGENET_CLASSES else None
-
-
-def from_file(path: Path, num_classes: int) -> Labels:
-    """One name a line. Raises CheckpointError unless there are as many as classes."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{path}: labels must be text in UTF-8, one a line") from None
-    if len(lines) != num_classes or not all(line.strip() for line in lines):
-        raise CheckpointError(
-            f"{path}: {len([*filter(str.strip, lines)])} labels in {len(lines)} lines for {num_classes} classes"
-        )
-    return [line.strip() for line in lines]
 
 
 def imagenet_names() -> Labels | None:

@@ -21,7 +21,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 from convert import Checkpoint, CheckpointError, MixerConfig
-from convert.cli import read_asked
+from convert.cli import read_asked, refuse_ignored
 from convert.files import check_writable, whole_or_nothing
 
 from . import inference, pretrained
@@ -33,6 +33,8 @@ CONVENTION = (
     "shares are a softmax over the logits: a convention, no probability; the released ImageNet-1k Mixers were trained "
     "with a sigmoid loss"
 )
+
+NONE_LISTED = "no images: standard input lists none"
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -151,6 +153,8 @@ def images_asked(names: Iterable[str]) -> tuple[list[str], list[Outcome]]:
     for name in names:
         if name == "-":
             listed = sys.stdin.buffer.read()
+            if _is_image(listed):
+                raise CheckpointError("-: a list of names is wanted, and standard input holds an image: give the image's name")
             lines = listed.split(b"\0" if b"\0" in listed else b"\n")
             found = images_asked(os.fsdecode(line.removesuffix(b"\r")) for line in lines if line.strip() not in (b"", b"-"))
             paths, empty = paths + found[0], empty + found[1]
@@ -161,6 +165,33 @@ def images_asked(names: Iterable[str]) -> tuple[list[str], list[Outcome]]:
         else:
             paths.append(name)
     return paths, empty
+
+
+def require_images(names: Iterable[str]) -> list[str]:
+    """The files that arguments name. Raises CheckpointError, before anything is loaded, for each that is not there."""
+    paths, empty = images_asked(names)
+    lost = [*empty, *_missing(paths)]
+    if lost:
+        raise CheckpointError("\n".join(f"{outcome.path}: {outcome.error}" for outcome in lost))
+    if not paths:
+        raise CheckpointError(NONE_LISTED)
+    return paths
+
+
+def _missing(paths: Iterable[str]) -> list[Outcome]:
+    return [Outcome(path, error="no such file") for path in paths if not os.path.exists(path)]
+
+
+def _is_image(listed: bytes) -> bool:
+    """Whether these bytes are one, and not a list of names."""
+    require_pillow()
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(listed)):
+            return True
+    except Exception:  # decoders of what is none raise nearly anything
+        return False
 
 
 def images_in(folder: str | os.PathLike[str]) -> list[str]:
@@ -231,18 +262,24 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.features.suffix != ".npy":
             raise CheckpointError(f"{arguments.features}: features are written as .npy: give a name that ends so")
         check_writable(arguments.features, force=arguments.force)
+    paths, failed = images_asked(arguments.images)
+    total = len(paths) + len(failed)
+    missing = {outcome.path: outcome for outcome in _missing(paths)}
+    failed += [missing[path] for path in paths if path in missing]
+    if not total:
+        raise CheckpointError(NONE_LISTED)
+    for outcome in failed:
+        report_failure(outcome, as_json=arguments.json)
+    if len(failed) == total:
+        raise CheckpointError(f"{total} of {total} could not be used, named above")
     asked = model_asked(arguments)
     config, recipes = asked.checkpoint.config, [asked.preprocessing, *filter(None, [arguments.against])]
     if not config.num_classes and not arguments.features:
         raise CheckpointError(f"{arguments.source}: has no head, so no classes: ask for its features, --features OUT.npy")
+    if not config.num_classes:
+        refuse_ignored(arguments, ["top", "labels"], f"is of classes, and {arguments.source} has no head; leave it out")
     labels = class_names(config.num_classes, file=arguments.labels, own=asked.checkpoint.metadata.labels)
-    report = Report(labels, recipes, top=arguments.top, as_json=arguments.json)
-    paths, failed = images_asked(arguments.images)
-    if not paths and not failed:
-        raise CheckpointError("no images: standard input lists none")
-    for outcome in failed:
-        report.failure(outcome)
-    total = len(paths) + len(failed)
+    report = Report(labels, recipes, top=arguments.top or 5, as_json=arguments.json)
 
     with contextlib.ExitStack() as stack:
         add_row = (
@@ -255,33 +292,34 @@ def run(arguments: argparse.Namespace) -> None:
         for outcome in tqdm(stream, total=len(paths), desc="images", unit="image", disable=None):
             if add_row:
                 add_row(outcome.features[0] if outcome.features else None)
-            if outcome.error is not None:
+            if outcome.error is not None and outcome.path not in missing:
                 failed.append(outcome)
-                report.failure(outcome)
-            elif config.num_classes:
+                report_failure(outcome, as_json=arguments.json)
+            elif outcome.error is None and config.num_classes:
                 report.success(outcome)
     report.end()
     if failed:
         raise CheckpointError(f"{len(failed)} of {total} could not be used, named above")
 
 
+def report_failure(outcome: Outcome, *, as_json: bool) -> None:
+    tqdm.write(f"{outcome.path}: {outcome.error}", file=sys.stderr)
+    if as_json:
+        _print_line({"image": outcome.path, "error": outcome.error})
+
+
 class Report:
-    """What is printed of each image, and in the end."""
+    """What is printed of each image that could be used, and in the end."""
 
     def __init__(self, labels: Labels | None, recipes: Sequence[str], *, top: int, as_json: bool):
         self.labels, self.recipes, self.top, self.as_json = labels, recipes, top, as_json
         self.count = self.flips = 0
 
-    def failure(self, outcome: Outcome) -> None:
-        tqdm.write(f"{outcome.path}: {outcome.error}", file=sys.stderr)
-        if self.as_json:
-            self._line({"image": outcome.path, "error": outcome.error})
-
     def success(self, outcome: Outcome) -> None:
         self.count += 1
         tops = [self._top(logits) for logits in outcome.logits]
         if self.as_json and len(tops) == 1:
-            self._line({"image": outcome.path, "top": tops[0]})
+            _print_line({"image": outcome.path, "top": tops[0]})
         elif len(tops) == 1:
             tqdm.write("\n".join([outcome.path, *map(_as_text, tops[0])]))
         else:
@@ -294,7 +332,7 @@ class Report:
         flips = before["index"] != after["index"]
         self.flips += flips
         if self.as_json:
-            self._line(
+            _print_line(
                 {
                     "image": outcome.path,
                     "pixels": {"mean": float(pixels.mean()), "largest": float(pixels.max())},
@@ -339,8 +377,9 @@ class Report:
             for i in best
         ]
 
-    def _line(self, entries: dict[str, Any]) -> None:
-        tqdm.write(json.dumps(entries), file=sys.stdout)
+
+def _print_line(entries: dict[str, Any]) -> None:
+    tqdm.write(json.dumps(entries), file=sys.stdout)
 
 
 def _as_text(entry: dict[str, Any]) -> str:

@@ -1,18 +1,22 @@
 """The command lines as a person runs them: processes, exit codes, what they import, and signals."""
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import GOLDENS, TINY, random_weights
 
 import convert
+from convert import MixerConfig
 
+ROOT = Path(__file__).parent.parent
 SQUARE = GOLDENS["square"].weights_file
 NAMES = ["npz", "legacy", "timm", "torch", "reference", "jeonsworld", "flax"]
 torch = pytest.mark.torch
@@ -119,6 +123,206 @@ def test_the_verb_goes_without_saying(tmp_path):
     assert "invalid choice" in run("-m", "convert", SQUARE, tmp_path / "x.npz", "--to", "keras", code=2)
 
 
+def test_what_lies_in_the_folder_breaks_no_verb(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for verb in ("inspect", "compare", "download", "convert", "npz2torch", "timm2npz"):
+        (tmp_path / verb).mkdir()
+    assert "google" in run("-m", "convert", "inspect", SQUARE)
+    assert "the same weights" in run("-m", "convert", "compare", SQUARE, SQUARE)
+    assert main("npz2torch", SQUARE, "w.npz") == main("convert", "w.npz", "v.npz", "--to", "flax") == 0
+    assert main("download", "nothing") == 1
+    assert "'nothing' is no published checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "near"),
+    [
+        ("npz2pt", "npz2torch"),
+        ("google2pytorch", "npz2torch"),
+        ("pth2jax", "torch2flax"),
+        ("npz2troch", "npz2torch"),
+        ("inspekt", "inspect"),
+        ("compar", "compare"),
+    ],
+)
+def test_an_unknown_verb_is_told_the_nearest(verb, near, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(verb, SQUARE, "w.pt")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert f"error: no command {verb!r}: did you mean {near}?" in said
+    assert said.count("2") < 12  # and not every pair
+
+
+def test_an_unknown_verb_without_a_neighbour_is_told_what_there_is():
+    said = run("-m", "convert", "xyzzy", code=2)
+    assert said.endswith(
+        "error: no command 'xyzzy': the commands are inspect, compare, download, convert and A2B, as in npz2torch; A and B are "
+        "of flax, jeonsworld, legacy, npz, reference, timm, torch\n"
+    )
+    assert "no command 'predit': did you mean predict? the commands are summary, demo, predict" in run(
+        "-m", "mixer_jax", "predit", "x", code=2
+    )
+
+
+def test_help_shows_at_a_glance_what_there_is():
+    said = " ".join(run("-m", "convert", "--help").split())
+    assert "A2B is from layout A to layout B, as in npz2torch; each is one of flax, jeonsworld, legacy, npz, reference" in said
+    for row in ("convert to the layout of --to", "npz2torch Google's .npz for PyTorch; A2B", "inspect what a file is"):
+        assert row in said
+
+
+@pytest.mark.parametrize("module", ["convert", "mixer_jax"])
+def test_every_verbs_usage_begins_with_what_a_person_types(module, capsys):
+    program = importlib.import_module(f"{module}.__main__")
+    for verb in program.VERBS:
+        with pytest.raises(SystemExit):
+            program.main([verb, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: python -m {module} {verb} [-h]")
+    verb = program.VERBS[0]
+    assert run("-m", module, verb, code=2).startswith(f"usage: python -m {module} {verb} [-h]")
+
+
+IGNORED = {  # what a person may add to a command that would make nothing of it
+    "convert npz2torch FILE w.npz --to flax": "--to: npz2torch says the layout already",
+    "convert npz2torch FILE w.npz --resample": "--resample: says how --resize-to goes about it, which is not there",
+    "convert inspect FILE --allow-nonfinite": "--allow-nonfinite: inspect counts NaN and infinity in any file",
+    "mixer_jax summary FILE --num-classes 1000": "--num-classes: is of a variant, and",
+    "mixer_jax summary FILE --num-classes 0": "--num-classes: is of a variant, and",
+    "mixer_jax summary B/16 --blocks 12": "--blocks: is of a file, and B/16 is none",
+    "mixer_jax summary B/16 --variant B/16 --dtype float32": "--variant, --dtype: is of a file, and B/16 is none",
+    "mixer_jax summary B/16 --key ema --allow-nonfinite": "--key, --allow-nonfinite: is of a file, and B/16 is none",
+    "mixer_jax demo FILE --validate": "--validate is of training, and",
+    "mixer_jax demo --validate --folder x": "--folder: --validate writes nothing",
+    "mixer_jax predict FILE x --force": "--force: replaces OUT.npy, and --features does not name one",
+    "mixer_jax evaluate FILE x --force": "--force: replaces OUT.png, and --confusion does not name one",
+    "mixer_jax parity FILE --images x --count 2": "--count: is of noise, and --images names the images",
+    "mixer_jax parity FILE --preprocess squash": "--preprocess: is of images, and noise takes none",
+    "mixer_jax parity FILE --force": "--force: replaces OUT.html, and --html does not name one",
+    "mixer_jax parity FILE --self-test --explain": "--explain: is of two sides, and --self-test of one",
+    "mixer_jax parity FILE --self-test --exact --predict": "--exact, --predict: is of two sides, and --self-test of one",
+    "mixer_jax draw FILE x.png --what norms --units 3": "--units chooses units, and norms are of whole arrays",
+    "mixer_jax draw FILE x.png --what stem --only 0": "--only chooses blocks, and the stem is in none",
+}
+
+
+@pytest.mark.parametrize("line", IGNORED)
+def test_an_option_that_would_be_ignored_is_a_usage_error(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module, *arguments = line.replace("FILE", str(SQUARE)).split()
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"{module}.__main__").main(arguments)
+    assert stopped.value.code == 2
+    assert f"error: {IGNORED[line]}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ignored_option_is_a_usage_error_of_the_process(tmp_path):
+    said = run("-m", "convert", "npz2torch", SQUARE, tmp_path / "w.npz", "--to", "flax", code=2)
+    assert "--to: npz2torch says the layout already; leave out one of them" in said
+
+
+def test_numbers_that_make_no_sense_are_usage_errors(tmp_path):
+    for arguments, message in (
+        (["convert", "npz2torch", SQUARE, "w.npz", "--num-classes", "-1"], "'-1' is no whole number of at least 0"),
+        (["convert", "npz2torch", SQUARE, "w.npz", "--resize-to", "0"], "'0' is no size: 224 or 224x448, height first"),
+        (["convert", "inspect", SQUARE, "--image-size", "0x20"], "'0x20' is no size: 224 or 224x448, height first"),
+        (["convert", "inspect", SQUARE, "--blocks", "0"], "'0' is no whole number of at least 1"),
+        (["mixer_jax", "summary", "B/16", "--image-size", "0"], "'0' is no size: 224 or 224x448, height first"),
+        (["mixer_jax", "summary", "B/16", "--num-classes", "-1"], "'-1' is no whole number of at least 0"),
+        (["mixer_jax", "parity", SQUARE, "--seed", "-1"], "'-1' is no whole number of at least 0"),
+    ):
+        assert f"error: argument {arguments[-2]}: {message}" in run("-m", *arguments, code=2)
+
+
+def test_an_existing_target_is_refused_before_the_source_is_read(tmp_path):
+    (tmp_path / "there.npz").touch()
+    (tmp_path / "page.npz").write_text("<html>404</html>")
+    said = run("-m", "convert", "npz2torch", tmp_path / "page.npz", tmp_path / "there.npz", code=1)
+    assert "there.npz: exists already (replace it with --force" in said
+    said = run("-m", "convert", "npz2torch", tmp_path / "page.npz", tmp_path / "w.h5", code=1)
+    assert "no format has the ending '.h5'" in said
+
+
+def test_labels_that_are_no_utf_8_are_told(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("blau\ngrün\n".encode("latin-1"))
+    for option in ("--labels", "--classes"):
+        said = run("-m", "convert", "npz2timm", SQUARE, tmp_path / "w.npz", option, tmp_path / "latin.txt", code=1)
+        assert "latin.txt: labels must be text in UTF-8, one a line, and byte 7 is not: save the file as UTF-8\n" in said
+    (tmp_path / "short.txt").write_text("a\n\nb\n")
+    said = run("-m", "convert", "npz2timm", SQUARE, tmp_path / "w.npz", "--labels", tmp_path / "short.txt", code=1)
+    assert "short.txt: 2 labels in 3 lines for 7 classes" in said
+
+
+def test_both_packages_read_one_and_the_same_labels(tmp_path):
+    from mixer_jax.labels import class_names
+
+    (tmp_path / "labels.txt").write_bytes("\ufeffrot\r\n grün \r\nblau".encode())
+    assert class_names(3, file=tmp_path / "labels.txt", own=None) == ("rot", "grün", "blau")
+    convert.write(tmp_path / "w.npz", convert.read(SQUARE).with_classes(3))
+    assert main("npz2timm", tmp_path / "w.npz", tmp_path / "named.npz", "--labels", tmp_path / "labels.txt") == 0
+    assert convert.read(tmp_path / "named.npz").metadata.labels == ("rot", "grün", "blau")
+
+
+def test_memory_that_is_not_there_is_one_message(tmp_path, capsys):
+    assert main("npz2timm", SQUARE, tmp_path / "w.npz", "--num-classes", 10**15) == 1
+    assert capsys.readouterr().err.startswith("error: not enough memory: Unable to allocate")
+
+
+def test_the_demo_of_a_missing_file_is_one_message(tmp_path):
+    said = run("-m", "mixer_jax", "demo", tmp_path / "no.npz", "--folder", tmp_path / "out", code=1)
+    assert said.endswith("no.npz: could not be converted, for the reason above\n")
+    assert "no.npz: no such file or folder" in said
+
+
+def test_summary_tells_a_wrong_size_from_a_wrong_name():
+    said = run("-m", "mixer_jax", "summary", "B/16", "--image-size", "225", code=1)
+    assert said == "error: B/16: MixerConfig: image_size 225x225 is not a whole number of 16x16 patches\n"
+
+
+def test_a_resized_file_says_what_timm_must_be_told(tmp_path, capsys):
+    config = MixerConfig.named("S/32", num_classes=3).replace(num_blocks=1)
+    convert.write(tmp_path / "s.npz", convert.Checkpoint.from_arrays(random_weights(config)))
+    for options, wanted in (
+        ([], None),
+        (["--resize-to", "448"], "timm's own code needs mlp_ratio=(2.0, 4.0), img_size=448 for these weights"),
+        (["--resize-to", "224x448", "--resample"], "timm's own code needs mlp_ratio=(0.5, 4.0), img_size=(224, 448) for these"),
+    ):
+        assert main("npz2timm", tmp_path / "s.npz", tmp_path / "w.npz", "--blocks", "1", "--force", *options) == 0
+        said = capsys.readouterr().out
+        assert "timm's own code needs" not in said if wanted is None else wanted in said.splitlines()[-1]
+    assert main("npz2jeonsworld", tmp_path / "s.npz", tmp_path / "j.npz", "--blocks", "1", "--resize-to", "448") == 0
+    assert "mlp_ratio" not in capsys.readouterr().out
+
+
+def test_factors_that_timm_multiplies_by_give_the_width_back():
+    from convert.__main__ import _factor
+
+    assert all(int(_factor(width, hidden) * hidden) == width for hidden in range(1, 300) for width in range(1, 300))
+    assert int(29 / 100 * 100) != 29  # so the plain quotient does not
+
+
+def test_a_file_without_head_says_that_googles_loader_needs_one(tmp_path, capsys):
+    for verb in ("npz2legacy", "convert"):
+        assert main(verb, SQUARE, tmp_path / f"{verb}.npz", "--drop-head") == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == "Google's loader stops without head/kernel and head/bias; --num-classes N writes them, as zeros"
+    assert main("npz2timm", SQUARE, tmp_path / "timm.npz", "--drop-head") == 0
+    assert main("convert", SQUARE, tmp_path / "headed.npz") == 0
+    assert "loader" not in capsys.readouterr().out
+
+
+def test_compare_in_json_is_strict(tmp_path):
+    weights = GOLDENS["square"].weights
+    for name, value in (("nan", np.nan), ("inf", np.inf)):
+        np.savez(tmp_path / f"{name}.npz", **weights | {"head/bias": np.full(7, value, "float32")})
+        command = [sys.executable, "-m", "convert", "compare", SQUARE, tmp_path / f"{name}.npz", "--allow-nonfinite", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"a bare {name}"))
+        assert found["differences"] == [{"name": "head/bias", "what": "values", "largest": name}]
+
+
 def test_a_dry_run_shows_what_becomes_of_each_array_and_writes_nothing(tmp_path):
     said = run("-m", "convert", "npz2torch", SQUARE, tmp_path / "w.pt", "--dry-run").splitlines()
     assert len(said) == 1 + 30
@@ -190,7 +394,7 @@ def test_a_persons_mistakes_are_one_message(tmp_path):
         (["npz2torch", SQUARE, tmp_path / "w.npz", "--variant", "B/16"], 1, "not a Mixer-B/16"),
         (["npz2torch", SQUARE, tmp_path / "w.npz", "--blocks", "9"], 1, "found 2 blocks, wanted 9"),
         (["npz2torch", SQUARE], 2, "the following arguments are required: target"),
-        (["npz2rust", SQUARE, tmp_path / "w"], 2, "invalid choice: 'npz2rust'"),
+        (["npz2rust", SQUARE, tmp_path / "w"], 2, "no command 'npz2rust'"),
         (["npz2torch", SQUARE, tmp_path / "w.npz", "--image-size", "big"], 2, "'big' is no size: 224 or 224x448"),
         (["npz2torch", SQUARE, tmp_path / "w.npz", "--variant", "B16"], 2, "no variant 'B16'"),
         ([], 2, "the following arguments are required: COMMAND"),

@@ -199,6 +199,49 @@ def test_standard_input_lists_images_by_line_or_by_nul(model, folder, monkeypatc
     assert command(capfd, model, "-", code=1).err == "error: no images: standard input lists none\n"
 
 
+def test_an_image_on_standard_input_is_told_from_a_list(model, folder):
+    _, err = process(model, "-", input=(folder / "red.png").read_bytes(), code=1)
+    assert err == "error: -: a list of names is wanted, and standard input holds an image: give the image's name\n"
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+def test_an_image_of_any_format_is_no_list(format, monkeypatch):
+    image = io.BytesIO()
+    colours.plain("red").save(image, format)
+    image.seek(0)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(image))
+    with pytest.raises(convert.CheckpointError, match="-: a list of names is wanted, and standard input holds an image"):
+        predict.images_asked(["-"])
+
+
+def test_a_missing_image_is_told_before_the_model_is_loaded(folder, tmp_path, capfd):
+    """Of a file that is no checkpoint: what is said first was looked at first."""
+    page = tmp_path / "page.npz"
+    page.write_text("<html>404</html>")
+    _, err = process(page, tmp_path / "no.png", tmp_path / "none.png", code=1)
+    missing = f"{tmp_path / 'no.png'}: no such file\n{tmp_path / 'none.png'}: no such file\n"
+    assert err == missing + "error: 2 of 2 could not be used, named above\n"
+    err = command(capfd, page, folder / "red.png", tmp_path / "no.png", code=1).err
+    assert err.startswith(f"{tmp_path / 'no.png'}: no such file\nerror: {page}: a web page")
+
+
+def test_a_missing_image_keeps_its_row_among_the_features(model, folder, tmp_path, capfd):
+    paths = [folder / "red.png", tmp_path / "no.png", folder / "blue.png"]
+    result = command(capfd, model, *paths, "--features", tmp_path / "f.npy", "--json", code=1)
+    assert np.isnan(np.load(tmp_path / "f.npy")).all(axis=1).tolist() == [False, True, False]
+    assert result.err.count("no.png: no such file") == 1
+    assert [line["image"] for line in as_json(result.out)] == [str(paths[i]) for i in (1, 0, 2)]
+
+
+def test_options_of_classes_are_refused_where_there_are_none(folder, tmp_path, capfd):
+    convert.write(tmp_path / "body.npz", convert.Checkpoint.from_arrays(colours.weights()).without_head())
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", str(tmp_path / "body.npz"), str(folder), "--features", str(tmp_path / "f.npy"), "--top", "3"])
+    assert stopped.value.code == 2
+    assert "--top: is of classes, and" in capfd.readouterr().err
+    assert not (tmp_path / "f.npy").exists()
+
+
 def test_names_of_files_need_not_be_utf_8(model, folder):
     """In JSON they can be had back, in text they are shown."""
     name = os.path.join(os.fsencode(folder), b"caf\xe9.png")
@@ -359,7 +402,8 @@ def test_labels_come_from_a_file_the_checkpoint_or_imagenet(model, folder, tmp_p
     said = command(capfd, model, folder, "--labels", tmp_path / "short.txt", code=1).err
     assert "short.txt: 2 labels in 3 lines for 6 classes" in said
     (tmp_path / "latin.txt").write_bytes("grün\n".encode("latin-1"))
-    assert "labels must be text in UTF-8" in command(capfd, model, folder, "--labels", tmp_path / "latin.txt", code=1).err
+    said = command(capfd, model, folder, "--labels", tmp_path / "latin.txt", code=1).err
+    assert "latin.txt: labels must be text in UTF-8, one a line, and byte 2 is not: save the file as UTF-8" in said
     assert "No such file" in command(capfd, model, folder, "--labels", tmp_path / "no.txt", code=1).err
 
     imagenet = colours.checkpoint(tmp_path / "1k.npz", labels=None, classes=1000, at=[1, 388, 2, 3, 4, 5])
@@ -422,8 +466,10 @@ def test_the_twin_gives_the_same_logits(model, folder, capfd):
     [
         (("--against", "squash", "--features", "f.npy"), "--features are those of one preprocessing: leave out --against"),
         (("--preprocess", "crop"), "invalid choice: 'crop'"),
-        (("--top", "0"), "'0' is no whole number above 0"),
-        (("--batch", "many"), "'many' is no whole number above 0"),
+        (("--top", "0"), "'0' is no whole number of at least 1"),
+        (("--batch", "many"), "'many' is no whole number of at least 1"),
+        (("--force",), "--force: replaces OUT.npy, and --features does not name one"),
+        (("--against", "squash", "--top", "3"), "--top: --against shows the best class of each preprocessing; --json has more"),
     ],
 )
 def test_a_wrong_option_is_a_usage_error(model, folder, options, message, capfd):
