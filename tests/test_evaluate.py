@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+import tracemalloc
 from types import SimpleNamespace
 
 import colours
@@ -247,6 +249,70 @@ def test_the_picture_is_drawn_from_the_same_counts(tmp_path, monkeypatch):
         tally.add(i, -np.abs(np.arange(100) - i).astype(np.float32))
     evaluate.draw_confusion(tmp_path / "many.png", tally, [str(i) for i in range(100)], found, force=False)
     assert np.array_equal(drawn[1], np.eye(70))
+
+
+def test_what_is_kept_grows_with_the_images_and_not_with_pairs_of_classes():
+    """Of ImageNet-21k: a matrix of all pairs of classes would take 3.8 GB."""
+    classes = 21_843
+    logits = np.zeros(classes, np.float32)
+    tracemalloc.start()
+    tally = evaluate.Tally(classes)
+    for true in range(0, classes, 211):
+        logits[true // 2] = 1
+        tally.add(true, logits)
+        logits[true // 2] = 0
+    rows, (shown, shares) = tally.by_class([str(i) for i in range(classes)]), tally.shares(50)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
+    assert len(rows) == 104
+    assert rows[1] == {
+        "index": 211,
+        "name": "211",
+        "images": 1,
+        "top1": 0,
+        "top5": 0,
+        "taken_for": {"index": 105, "name": "105", "images": 1},
+    }
+    assert len(shown) > 50
+    assert shares.shape == (50, 50)
+    assert np.allclose(shares.sum(axis=1)[shares.any(axis=1)], 1)
+
+
+def test_many_classes_are_found_by_name_in_no_time():
+    names = [f"class {i}" for i in range(21_843)]
+    started = time.perf_counter()
+    found = evaluate.classes_of(names, len(names), names, "val").folders
+    assert time.perf_counter() - started < 1  # measured: 0.02; a search of the list for every name takes 7
+    assert found == {name: i for i, name in enumerate(names)}
+
+
+def test_counts_are_those_of_a_matrix_of_all_pairs():
+    random, classes = np.random.default_rng(0), 9
+    tally, matrix, in_top5 = evaluate.Tally(classes), np.zeros((classes, classes), int), np.zeros(classes, int)
+    for true in random.integers(0, classes, 300).tolist():
+        logits = random.integers(0, 6, classes).astype(np.float32)  # with ties
+        best = sorted(range(classes), key=lambda i: (-logits[i], i))[:5]
+        matrix[true, best[0]] += 1
+        in_top5[true] += true in best
+        tally.add(true, logits)
+    assert tally.images.tolist() == matrix.sum(axis=1).tolist()
+    assert tally.correct.tolist() == matrix.diagonal().tolist()
+    assert tally.in_top5.tolist() == in_top5.tolist()
+    assert {pair: int(matrix[pair]) for pair in zip(*(i.tolist() for i in matrix.nonzero()))} == dict(tally.confusion)
+    np.testing.assert_array_equal(tally.shares(99)[1], matrix / matrix.sum(axis=1, keepdims=True))
+    for row, counts in zip(tally.by_class("abcdefghi"), matrix):
+        counts[row["index"]] = 0
+        assert (row["taken_for"]["index"], row["taken_for"]["images"]) == (counts.argmax(), counts.max())
+
+
+def test_folders_are_looked_into_before_the_model_is_loaded(tmp_path, capfd):
+    """With a file that is no checkpoint: what is said first was looked at first."""
+    (tmp_path / "page.npz").write_text("<html>404</html>")
+    (tmp_path / "val" / "red").mkdir(parents=True)
+    (tmp_path / "none").mkdir()
+    assert "no images in its 1 folders" in command(capfd, tmp_path / "page.npz", tmp_path / "val", code=1).err
+    assert "has no folders in it" in command(capfd, tmp_path / "page.npz", tmp_path / "none", code=1).err
 
 
 def test_matplotlib_is_named_where_it_is_missing(tmp_path, monkeypatch):
