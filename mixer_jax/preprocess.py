@@ -20,7 +20,7 @@ leaves nothing of that uncovered.
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -52,19 +52,45 @@ class Recipe:
 
 
 def prepare(
-    image: Source,
-    config: MixerConfig,
-    preprocessing: str,
+    images: Source | Sequence[Source],
+    model: Any,
+    preprocessing: str | None = None,
     *,
     upright: bool = True,
 ) -> np.ndarray:
-    """One image as a model of `config` takes it: (h, w, channels) float32.
+    """Images as a model takes them, float32: (h, w, c) of one image, (b, h, w, c) of a list of them.
 
-    `image` and `upright` as in `picture`. `preprocessing` is a name of RECIPES, such as `model.preprocessing`. Raises
-    ImageError where the image cannot be read or is no uint8, ValueError for an unknown name.
+    `model` is a Flax or PyTorch model, whose `config` and `preprocessing` say how, or a MixerConfig, which does not know
+    the latter; `preprocessing`, a name of RECIPES, goes before the model's own. The axes are the Flax model's; the PyTorch
+    one takes `torch.from_numpy(batch).permute(0, 3, 1, 2)`. An image and `upright` are as in `picture`.
+
+    Raises ImageError, naming the image of a list, where one cannot be read or is no uint8; ValueError where nothing says
+    how, or the name is unknown.
     """
-    recipe = recipe_named(preprocessing)
-    return recipe.scaled(recipe.pixels(picture(image, channels=config.in_channels, upright=upright), config.image_size))
+    config = model if isinstance(model, MixerConfig) else getattr(model, "config", None)
+    if not isinstance(config, MixerConfig):
+        raise TypeError(f"prepare(images, model): a model or a MixerConfig is wanted, not {type(model).__name__}")
+    name = preprocessing if preprocessing is not None else getattr(model, "preprocessing", None)
+    if name is None:
+        names = ", ".join(RECIPES)
+        raise ValueError(
+            f"this {type(model).__name__} does not say how an image becomes its input: say preprocessing=, of {names}"
+        )
+    recipe = recipe_named(name)
+
+    def prepared(image: Source) -> np.ndarray:
+        return recipe.scaled(recipe.pixels(picture(image, channels=config.in_channels, upright=upright), config.image_size))
+
+    if not isinstance(images, list | tuple):
+        return prepared(images)
+    batch = np.empty((len(images), *config.image_size, config.in_channels), np.float32)
+    for i, image in enumerate(images):
+        try:
+            batch[i] = prepared(image)
+        except ImageError as error:
+            where = f"image {i}, {os.fsdecode(image)}" if isinstance(image, str | os.PathLike) else f"image {i}"
+            raise ImageError(f"{where}: {error}") from None
+    return batch
 
 
 def picture(source: Source, *, channels: int = 3, upright: bool = True) -> np.ndarray:

@@ -6,9 +6,10 @@ import zlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import HERE, TINY
+from conftest import HERE, TINY, WITHOUT_TORCH, random_weights
 from PIL import Image, ImageCms
 
+import convert
 import mixer_jax
 from convert.checkpoint import PREPROCESSING
 from mixer_jax import preprocess
@@ -174,6 +175,72 @@ def test_prepare_is_public_and_feeds_a_model():
         prepare(image, TINY, "resmal")
     with pytest.raises(ImageError, match="models of 4 channels take no photographs: give the model arrays"):
         prepare(image, TINY.replace(in_channels=4), "squash")
+
+
+def models():
+    """Models of either framework with the same config."""
+    from flax import nnx
+
+    yield mixer_jax.MlpMixer(TINY, rngs=nnx.Rngs(0))
+    if not WITHOUT_TORCH:
+        from mixer_jax import torch_model
+
+        yield torch_model.MlpMixer(TINY)
+
+
+def test_a_model_says_how_an_image_becomes_its_input():
+    image = noise(20, 30, 3)
+    for model in models():
+        with pytest.raises(
+            ValueError, match="this MlpMixer does not say how an image becomes its input: say preproces.*squash"
+        ):
+            prepare(image, model)
+        for name in RECIPES:
+            model.preprocessing = name
+            assert np.array_equal(prepare(image, model), prepare(image, TINY, name))
+        assert np.array_equal(prepare(image, model, "squash"), prepare(image, TINY, "squash"))
+        assert not np.array_equal(prepare(image, model, "squash"), prepare(image, model))
+
+
+def test_a_list_of_images_is_a_batch(tmp_path):
+    Image.fromarray(noise(20, 30, 3)).save(tmp_path / "a.png")
+    images = [tmp_path / "a.png", str(tmp_path / "a.png"), noise(9, 9, 3, seed=1), Image.open(tmp_path / "a.png")]
+    for model in models():
+        model.preprocessing = "resmall_crop"
+        batch = prepare(images, model)
+        assert (batch.shape, batch.dtype) == ((4, 8, 15, 3), np.float32)
+        assert all(np.array_equal(row, prepare(image, model)) for row, image in zip(batch, images))
+        assert np.array_equal(prepare(tuple(images), model), batch)
+        assert prepare([], model).shape == (0, 8, 15, 3)
+
+
+@pytest.mark.torch
+def test_both_models_take_the_same_batch(tmp_path):
+    import torch
+
+    from mixer_jax import torch_model
+
+    convert.write(tmp_path / "w.npz", convert.Checkpoint.from_arrays(random_weights(TINY)).with_image_size((8, 15)))
+    flax, twin = (load(tmp_path / "w.npz", image_size=(8, 15)) for load in (mixer_jax.load, torch_model.load))
+    batch = prepare([noise(20, 30, 3), noise(9, 9, 3)], flax)
+    assert np.array_equal(batch, prepare([noise(20, 30, 3), noise(9, 9, 3)], twin))
+    with torch.inference_mode():
+        logits = twin(torch.from_numpy(batch).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(logits, flax(batch), atol=1e-6)  # measured: 2e-7
+
+
+def test_a_bad_image_of_a_list_is_named(tmp_path):
+    with pytest.raises(ImageError, match=r"^image 1, .*no\.png: no such file$"):
+        prepare([noise(9, 9, 3), tmp_path / "no.png"], TINY, "squash")
+    with pytest.raises(ImageError, match="^image 0: an image array must be uint8"):
+        prepare([np.ones((9, 9, 3))], TINY, "squash")
+
+
+def test_what_is_no_model_is_told_the_order():
+    with pytest.raises(TypeError, match=r"prepare\(images, model\): a model or a MixerConfig is wanted, not str"):
+        prepare(TINY, "cat.jpg")
+    with pytest.raises(ValueError, match="this MixerConfig does not say how"):
+        prepare(noise(9, 9, 3), TINY)
 
 
 TURNS = {  # how what is stored comes from what is meant
