@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from .arrays import Array, Arrays
 from .errors import CheckpointError
 from .mapping import is_block_name
@@ -26,7 +28,7 @@ def flattened(tree: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, Arra
             from .containers.pt import from_torch
 
             arrays[name] = from_torch(value)
-        elif hasattr(value, "shape") and hasattr(value, "dtype"):
+        elif hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype):  # JAX's keys have their own
             arrays[name] = value
         else:
             others.append(name)
