@@ -323,6 +323,32 @@ def test_compare_in_json_is_strict(tmp_path):
         assert found["differences"] == [{"name": "head/bias", "what": "values", "largest": name}]
 
 
+def test_keys_of_random_numbers_in_an_orbax_tree_are_told(tmp_path):
+    """A generator of dropout lies beside the weights of many a training run; as a typed key it is no array of NumPy's."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    tree = convert.read(SQUARE).as_linen()["params"] | {"rng": jax.random.key(0)}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "keys", args=ocp.args.Composite(params=ocp.args.StandardSave(tree)))
+    facts = json.loads(run("-m", "convert", "inspect", tmp_path / "keys", "--json"))
+    assert facts["notes"] == ["1 entries are no arrays: rng"]
+    assert facts["fingerprint"] == json.loads(run("-m", "convert", "inspect", SQUARE, "--json"))["fingerprint"]
+    assert main("npz2timm", tmp_path / "keys", tmp_path / "w.npz") == 0
+
+
+def test_parity_looks_for_images_before_it_reads_the_file(tmp_path):
+    """Of a file that is no checkpoint: what is said first was looked at first."""
+    (tmp_path / "page.npz").write_text("<html>404</html>")
+    (tmp_path / "empty").mkdir()
+    images = [tmp_path / "no.png", tmp_path / "empty", SQUARE]
+    said = run("-m", "mixer_jax", "parity", tmp_path / "page.npz", "--images", *images, code=1).splitlines()
+    assert said == [
+        f"error: {tmp_path / 'empty'}: a folder without images (files that end in .jpg, .png, ...)",
+        f"{tmp_path / 'no.png'}: no such file",
+    ]
+
+
 def test_a_dry_run_shows_what_becomes_of_each_array_and_writes_nothing(tmp_path):
     said = run("-m", "convert", "npz2torch", SQUARE, tmp_path / "w.pt", "--dry-run").splitlines()
     assert len(said) == 1 + 30
