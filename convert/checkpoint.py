@@ -1,5 +1,7 @@
 """Checkpoint: the weights of a Mixer with all that makes them a function; read, write, and pure verbs between."""
 
+__all__ = ["PREPROCESSING", "Checkpoint", "Metadata", "read", "usual_layout", "write"]
+
 import math
 import os
 import warnings

@@ -1,5 +1,7 @@
 """A model as one compiled function, for inference."""
 
+__all__ = ["compiled"]
+
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 

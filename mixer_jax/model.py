@@ -6,6 +6,8 @@ on with; names are those of `mixer_jax.referee`. The random bits of dropout and 
 `mixer_jax.masks`: drawn from a key, or the caller's, so that two frameworks can train with the same ones.
 """
 
+__all__ = ["MlpMixer"]
+
 import functools
 import zlib
 from collections.abc import Callable

@@ -8,6 +8,8 @@ operations with the side's own input to each of them, which gives every operatio
 `mixer_jax.precision`, that is from the referee alone.
 """
 
+__all__ = ["Agreement", "Report", "agreement", "compare"]
+
 import itertools
 import math
 from collections.abc import Iterable, Mapping

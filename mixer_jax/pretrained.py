@@ -3,6 +3,8 @@
 No weight is initialised to be thrown away, and none is set without its name, shape and dtype having been checked.
 """
 
+__all__ = ["load", "save", "to_checkpoint"]
+
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping

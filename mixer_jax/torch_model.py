@@ -3,6 +3,8 @@
 Images are (b, channels, h, w), as PyTorch has them; what the tap sees has the axes of the Flax model.
 """
 
+__all__ = ["MlpMixer", "load", "save", "to_checkpoint"]
+
 import contextlib
 import os
 from collections.abc import Callable, Iterator
