@@ -1,5 +1,7 @@
 """MixerConfig: the sizes of a Mixer and what changes the function it computes."""
 
+__all__ = ["VARIANTS", "Gelu", "MixerConfig", "ModuleCost", "Size"]
+
 import dataclasses
 import math
 import operator

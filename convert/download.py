@@ -1,5 +1,7 @@
 """Fetching a published checkpoint: resumed where it broke off, checked, and in the cache whole or not at all."""
 
+__all__ = ["download"]
+
 import base64
 import contextlib
 import fcntl

@@ -1,5 +1,7 @@
 """Which weights these are: a fingerprint that no layout or format changes, and how two checkpoints differ."""
 
+__all__ = ["Difference", "can_be", "differences", "fingerprint"]
+
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

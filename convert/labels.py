@@ -1,11 +1,11 @@
 """Files of class names: text in UTF-8, one a line."""
 
+__all__ = ["read_labels", "read_lines"]
+
 import os
 from pathlib import Path
 
 from .errors import CheckpointError
-
-__all__ = ["read_labels", "read_lines"]
 
 
 def read_labels(path: str | os.PathLike[str], num_classes: int) -> tuple[str, ...]:

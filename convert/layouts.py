@@ -6,6 +6,8 @@ columns' axis orders, in both directions; an axis `1` is written, and on reading
 means google's names and axes.
 """
 
+__all__ = ["ALIASES", "LAYOUTS", "Layout", "layout_named"]
+
 from dataclasses import dataclass, replace
 
 from .config import Gelu

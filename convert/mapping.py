@@ -1,5 +1,7 @@
 """{name: array} of one layout -> {name: array} of another. Pure, and strict on both sides."""
 
+__all__ = ["convert", "detect", "from_canonical", "plan", "shapes", "sizes_of", "to_canonical"]
+
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple

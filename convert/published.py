@@ -1,5 +1,7 @@
 """The released checkpoints as data: where they lie, how large they are and what is known of them."""
 
+__all__ = ["ON_HUB", "PUBLISHED", "Published", "list_models"]
+
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 

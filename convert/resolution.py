@@ -4,6 +4,8 @@ Both take and give google's names and axes. Only the token-mixing MLPs know the 
 they are; what is changed is read when it is asked for. Grids are in patches, height first.
 """
 
+__all__ = ["expanded", "interpolation", "resampled"]
+
 from collections.abc import Callable, Mapping
 
 import numpy as np

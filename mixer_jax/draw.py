@@ -1,5 +1,7 @@
 """A checkpoint's weights as pictures: token-mixing units, stem units, and norms by block (paper, figures 5 to 7)."""
 
+__all__ = ["draw_norms", "draw_stem", "draw_tokens", "save"]
+
 import argparse
 import io
 import math

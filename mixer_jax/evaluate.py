@@ -1,5 +1,7 @@
 """Accuracy on a folder of class folders."""
 
+__all__ = ["Classes", "Tally", "classes_of", "draw_confusion", "wilson"]
+
 import argparse
 import contextlib
 import json

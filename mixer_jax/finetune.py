@@ -8,6 +8,8 @@ The recipe, its optax half, and the state of a run that either framework goes on
     torch_finetune.resume(other, finetune.state_of(optimizer))
 """
 
+__all__ = ["Recipe", "optimizer", "resume", "schedule", "state_of", "transformation"]
+
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any

@@ -1,5 +1,7 @@
 """What classes are called: by a file, by the checkpoint, by ImageNet-1k; and ImageNet's synsets."""
 
+__all__ = ["class_names", "imagenet_names", "imagenet_synsets"]
+
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Photographs in, classes out: decoding in threads while the model computes."""
 
+__all__ = ["Outcome", "compiled", "compiled_twin", "images_in", "outcomes"]
+
 import argparse
 import contextlib
 import io

@@ -18,6 +18,8 @@ for the official recipes, rounded down for timm's, whose codes do so. On a recta
 leaves nothing of that uncovered.
 """
 
+__all__ = ["RECIPES", "ImageError", "Recipe", "picture", "prepare"]
+
 import contextlib
 import os
 from collections.abc import Callable, Sequence

@@ -3,6 +3,8 @@
 Written for reading, shares nothing with the models but MixerConfig.
 """
 
+__all__ = ["forward"]
+
 from collections.abc import Callable, Mapping
 
 import numpy as np

@@ -1,5 +1,7 @@
 """The implementations that parity compares, behind one call: which one, where it runs, what it computes in."""
 
+__all__ = ["Side"]
+
 import contextlib
 import functools
 from collections.abc import Callable

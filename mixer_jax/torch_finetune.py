@@ -1,5 +1,7 @@
 """The PyTorch half of `mixer_jax.finetune`: the same recipe, and the same state of a run."""
 
+__all__ = ["Sgd", "resume", "state_of"]
+
 try:
     import torch
 except ModuleNotFoundError:
