@@ -387,7 +387,7 @@ def test_mistakes_are_one_message_and_leave_nothing(tmp_path):
     assert "out: a picture ends in" in failed(source, tmp_path / "out")
     assert "no.npz: no such file" in failed(tmp_path / "no.npz", target)
     assert "'1,x' is no list of blocks: 0,1,5" in failed(source, target, "--only", "1,x", code=2)
-    assert "'0' is no whole number above 0" in failed(source, target, "--units", "0", code=2)
+    assert "'0' is no whole number of at least 1" in failed(source, target, "--units", "0", code=2)
     assert "--only chooses blocks, and the stem is in none" in failed(source, target, "--what", "stem", "--only", "0", code=2)
     assert "--units chooses units, and norms are of whole arrays" in failed(
         source, target, "--what", "norms", "--units", "3", code=2

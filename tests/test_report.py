@@ -267,7 +267,7 @@ def test_a_side_that_does_not_exist_is_a_usage_error(capsys, side, message):
 
 def test_other_usage_errors(capsys, tmp_path):
     assert "fewer than 8 draws say too little" in command(capsys, SQUARE, "--draws", "7", code=2)
-    assert "'0' is no whole number above 0" in command(capsys, SQUARE, "--count", "0", code=2)
+    assert "'0' is no whole number of at least 1" in command(capsys, SQUARE, "--count", "0", code=2)
     assert "--exact is asked in float64" in command(capsys, SQUARE, "--exact", "--b", "torch:cpu:bfloat16", code=2)
     for extra in (["--b", "flax"], ["--images", tmp_path], ["--html", tmp_path / "r.html"]):
         assert "--self-test is of one FILE on one side" in command(capsys, SQUARE, "--self-test", *extra, code=2)
