@@ -2,7 +2,7 @@
 
 from .checkpoint import Checkpoint, Metadata, read, usual_layout, write
 from .config import VARIANTS, MixerConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, NumericsAssumed
 from .published import list_models
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "Metadata",
     "MixerConfig",
+    "NumericsAssumed",
     "__version__",
     "list_models",
     "read",

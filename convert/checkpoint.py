@@ -4,6 +4,7 @@ __all__ = ["PREPROCESSING", "Checkpoint", "Metadata", "read", "usual_layout", "w
 
 import math
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +20,12 @@ from . import containers, mapping, memory, resolution
 from .arrays import Array, Arrays, LazyArray, changed, derived, unequal
 from .config import VARIANTS, Gelu, MixerConfig, Size, as_size, variant_letter, variant_sizes
 from .dtypes import WEIGHTS, weights_dtype
-from .errors import CheckpointError
+from .errors import CheckpointError, NumericsAssumed
 from .files import sync, whole_or_nothing
 from .identity import digest, fingerprint_of
 from .layouts import GOOGLE, USUAL_LAYOUT, Layout, layout_named
-from .published import is_published
-from .wrappers import flattened, unwrapped
+from .published import is_published, nearest
+from .wrappers import carried, flattened, unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,8 @@ class Metadata:
     """What the arrays cannot say: numerics, grid, preprocessing, class names.
 
     `image_size` (height, width in pixels) is None where nobody said it: then the tokens form a square. `labels` has a
-    name for each class. `preprocessing` names how an image becomes an array, None where that is not known.
+    name for each class. `preprocessing` names how an image becomes an array, None where that is not known. `num_blocks` says
+    that a depth is meant which no published Mixer of these widths has.
     """
 
     gelu: Gelu
@@ -45,6 +47,20 @@ class Metadata:
     image_size: Size | None = None
     preprocessing: str | None = None
     labels: tuple[str, ...] | None = None
+    num_blocks: int | None = None
+
+    @classmethod
+    def of_config(cls, config: MixerConfig, *, labels: Sequence[str] | None, preprocessing: str | None) -> Self:
+        """Of a model; what goes without saying is left out."""
+        usual_depth = _usual_depth(asdict(config))
+        return cls(
+            gelu=config.gelu,
+            layer_norm_epsilon=float(config.layer_norm_epsilon),
+            image_size=None if config.grid[0] == config.grid[1] else config.image_size,
+            preprocessing=preprocessing,
+            labels=None if labels is None else tuple(labels),
+            num_blocks=None if usual_depth in (None, config.num_blocks) else config.num_blocks,
+        )
 
     @classmethod
     def default(cls, layout: Layout) -> Self:
@@ -65,6 +81,7 @@ class Metadata:
             "image_size": size is not None and not (_all(size, int) and len(size) == 2 and min(size) > 0),
             "preprocessing": new.preprocessing not in (None, *PREPROCESSING),
             "labels": labels is not None and not _all(labels, str),
+            "num_blocks": new.num_blocks is not None and not (type(new.num_blocks) is int and new.num_blocks > 0),
         }
         if any(faults.values()):
             wrong = ", ".join(f"{k} {getattr(new, k)!r}" for k, fault in faults.items() if fault)
@@ -99,6 +116,8 @@ class Checkpoint:
         labels = self.metadata.labels
         if labels is not None and len(labels) != self.sizes["num_classes"]:
             raise CheckpointError(f"{len(labels)} labels for {self.sizes['num_classes']} classes")
+        if self.metadata.num_blocks not in (None, self.sizes["num_blocks"]):
+            raise CheckpointError(f"found {self.sizes['num_blocks']} blocks, and {self.metadata.num_blocks} are stated")
 
     @classmethod
     def from_arrays(
@@ -111,14 +130,40 @@ class Checkpoint:
     ) -> Self:
         """Of NumPy, JAX or torch arrays by name, in whatever layout they are, nested dictionaries and wrappers included.
 
-        `key` says which of several sets of weights is meant. `said` has entries of Metadata, the layout gives the others.
+        `key` says which of several sets of weights is meant. `said` has entries of Metadata, in place of those that a
+        state_dict of `mixer_jax.torch_model` carries; the layout gives the others, with a warning (NumericsAssumed) where
+        that is a guess.
         """
+        if said is None:
+            said = containers.unsealed(carried(arrays, key) or {})
+        checkpoint = cls._of(arrays, key, said, source)
+        checkpoint.warn_of_assumed_numerics(stacklevel=3)
+        return checkpoint
+
+    @classmethod
+    def _of(cls, arrays: Mapping[str, Any], key: str | None, said: Mapping[str, Any], source: str) -> Self:
         flat, others = flattened(arrays)
         weights, notes = unwrapped(flat, key)
         notes += _left_out(others)
         layout = mapping.detect(weights.keys())
-        metadata = Metadata.default(layout).updated(said or {})
-        return cls(weights, layout, metadata, source, frozenset(said or ()), tuple(notes))
+        return cls(weights, layout, Metadata.default(layout).updated(said), source, frozenset(said), tuple(notes))
+
+    def warn_of_assumed_numerics(self, *, stacklevel: int = 2) -> None:
+        """Warn (NumericsAssumed) where nothing states the numerics, and files in this layout are known with others."""
+        if not self.layout.certain and not {"gelu", "layer_norm_epsilon"} <= self.stated:
+            warnings.warn(
+                f"{self.source}: nothing states its numerics, so those of {self.layout.name}'s own code are assumed: "
+                f"{self.metadata.gelu} GELU, LayerNorm epsilon {self.metadata.layer_norm_epsilon:g}; if it was trained with "
+                "others, as Google's weights were with tanh and 1e-6, pass --gelu and --layer-norm-epsilon, or gelu= and "
+                "layer_norm_epsilon=",
+                NumericsAssumed,
+                stacklevel=stacklevel,
+            )
+
+    @classmethod
+    def of_momentum(cls, arrays: Arrays, layout: str) -> Self:
+        """Of an optimiser's momentum under the names of a model's parameters; it has no numerics of its own."""
+        return cls(arrays, layout_named(layout), Metadata.default(layout_named(layout)), "the momentum")
 
     @classmethod
     def of_model(
@@ -131,13 +176,8 @@ class Checkpoint:
         preprocessing: str | None,
     ) -> Self:
         """Of a model's parameters, in the layout of its framework."""
-        metadata = Metadata(
-            gelu=config.gelu,
-            layer_norm_epsilon=config.layer_norm_epsilon,
-            preprocessing=preprocessing,
-            labels=None if labels is None else tuple(labels),
-        )
-        return cls(arrays, layout_named(layout), metadata, "the model").with_image_size(config.image_size)
+        metadata = Metadata.of_config(config, labels=labels, preprocessing=preprocessing)
+        return cls(arrays, layout_named(layout), metadata, "the model", frozenset(metadata.said()))
 
     @cached_property
     def sizes(self) -> mapping.Sizes:
@@ -217,7 +257,7 @@ class Checkpoint:
 
     def with_metadata(self, **entries: Any) -> Self:
         """With other entries of Metadata: gelu, layer_norm_epsilon, image_size, preprocessing, labels."""
-        return replace(self, metadata=self.metadata.updated(entries))
+        return replace(self, metadata=self.metadata.updated(entries), stated=self.stated | entries.keys())
 
     def with_image_size(self, image_size: int | Size) -> Self:
         """For images of this size in pixels. Raises CheckpointError unless the tokens are its patches."""
@@ -331,13 +371,13 @@ class Checkpoint:
 
     def require_depth(self, num_blocks: int | None = None) -> None:
         """Raise CheckpointError unless there are so many blocks; with None, as many as Mixers of these widths have."""
-        letter, found = variant_letter(self.sizes), self.sizes["num_blocks"]
-        if num_blocks is not None and found != num_blocks:
-            raise CheckpointError(f"found {found} blocks, wanted {num_blocks}")
-        if num_blocks is None and letter and found != (usual := VARIANTS[letter]["num_blocks"]):
+        found, wanted = self.sizes["num_blocks"], num_blocks or self.metadata.num_blocks
+        if wanted is not None and found != wanted:
+            raise CheckpointError(f"found {found} blocks, wanted {wanted}")
+        if wanted is None and (usual := _usual_depth(self.sizes)) not in (None, found):
             raise CheckpointError(
-                f"found {found} blocks, but Mixer-{letter}, whose widths these are, has {usual}: is the file whole? "
-                f"If it is, say --blocks {found} or num_blocks={found}"
+                f"found {found} blocks, but Mixer-{variant_letter(self.sizes)}, whose widths these are, has {usual}: is the "
+                f"file whole? If it is, say --blocks {found} or num_blocks={found}"
             )
 
     def _with_canonical(self, canonical: Arrays) -> Self:
@@ -376,16 +416,22 @@ def read(
         from .download import download  # the network is for those who ask for it
 
         source = download(source)
+    if isinstance(source, str) and re.match(r"\w+://", source):
+        raise CheckpointError(
+            f"{source}: an address, not a file: download it and give its path, or give the name of a published file"
+        )
     path = None if isinstance(source, Checkpoint) else Path(source)
     try:
         checkpoint = source if isinstance(source, Checkpoint) else _open(Path(source), key, allow_nonfinite)
         if variant is not None:
             checkpoint.require_variant(variant)
         checkpoint.require_depth(num_blocks)
+        if num_blocks is not None and _usual_depth(checkpoint.sizes) not in (None, num_blocks):
+            checkpoint = checkpoint.with_metadata(num_blocks=int(num_blocks))  # it travels, so that nobody is asked again
         if path is not None and checkpoint.dtype == np.float64 and dtype is None:
             raise CheckpointError(
-                "float64 weights, which no published Mixer has: keep them with --dtype float64 (dtype='float64') "
-                "or round them with --dtype float32"
+                "float64 weights, which no published Mixer has: keep them with --dtype float64 or round them with "
+                "--dtype float32; in Python that is dtype='float64' of convert.read, and param_dtype='float64' of load"
             )
         if image_size is not None:
             checkpoint = checkpoint.with_image_size(image_size)
@@ -393,6 +439,8 @@ def read(
         raise CheckpointError(f"{checkpoint.source if path is None else path}: {error}") from None
     overrides = {"gelu": gelu, "layer_norm_epsilon": layer_norm_epsilon}
     checkpoint = checkpoint.with_metadata(**{name: value for name, value in overrides.items() if value is not None})
+    if path is not None:
+        checkpoint.warn_of_assumed_numerics(stacklevel=3)
     found = checkpoint.sizes["num_classes"]
     if num_classes is not None and num_classes != found:
         checkpoint = checkpoint.with_classes(num_classes)
@@ -424,8 +472,9 @@ def write(
     checkpoint = checkpoint if layout is None else checkpoint.to(layout)
     checkpoint = checkpoint if dtype is None else checkpoint.astype(dtype)
     format = containers.module(name)
-    # Google's files say nothing, so an .npz of ours says only what saying nothing would not mean.
-    said = checkpoint.metadata.said(beyond=Metadata.default(checkpoint.layout) if name == "npz" else None)
+    # Google's files say nothing, so an .npz of ours in its names says only what saying nothing would not mean.
+    silent = name == "npz" and checkpoint.layout.certain
+    said = checkpoint.metadata.said(beyond=Metadata.default(checkpoint.layout) if silent else None)
     said = containers.sealed(said)
     arrays = _counting(checkpoint.arrays, progress)
     size = checkpoint.num_parameters * checkpoint.dtype.itemsize
@@ -454,15 +503,22 @@ def usual_layout(path: str | os.PathLike[str]) -> str:
 
 def _open(path: Path, key: str | None, allow_nonfinite: bool) -> Checkpoint:
     if not path.exists():
-        raise CheckpointError("no such file or folder")
+        known = "" if path.suffix else "; published checkpoints, nearest first:\n  " + "\n  ".join(nearest(str(path)))
+        raise CheckpointError(f"no such file or folder{known}")
     content = containers.module(containers.for_reading(path)).read(path)
     if not content.arrays:
         raise CheckpointError("no arrays in it")
     said = containers.unsealed(content.metadata or {})
-    checkpoint = Checkpoint.from_arrays(_naming(content.arrays, path), key=key, said=said, source=str(path))
+    checkpoint = Checkpoint._of(_naming(content.arrays, path), key, said, str(path))
     notes = (*checkpoint.notes, *_left_out(content.others))
     checkpoint = replace(checkpoint, notes=notes, claimed=content.fingerprint, verified=content.verified)
     return checkpoint if allow_nonfinite else checkpoint.require_finite()
+
+
+def _usual_depth(sizes: Mapping[str, object]) -> int | None:
+    """How many blocks a published Mixer of these widths has."""
+    letter = variant_letter(sizes)
+    return VARIANTS[letter]["num_blocks"] if letter else None
 
 
 def _left_out(others: Sequence[str]) -> list[str]:

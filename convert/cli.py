@@ -9,9 +9,10 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable
+from typing import get_args
 
 from .checkpoint import Checkpoint, read
-from .config import Size, variant_sizes
+from .config import Gelu, Size, variant_sizes
 from .dtypes import WEIGHTS
 from .errors import CheckpointError
 from .files import CHUNK
@@ -74,6 +75,10 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--variant", type=variant, metavar="B/16", help="refuse any other")
     parser.add_argument("--dtype", choices=WEIGHTS, help="round to it, to nearest even; needed for float64")
+    parser.add_argument("--gelu", choices=get_args(Gelu), help="GELU that the weights were trained with (default: the file's)")
+    parser.add_argument(
+        "--layer-norm-epsilon", type=float, metavar="E", help="LayerNorm epsilon of the weights (default: the file's)"
+    )
     parser.add_argument("--key", help="which of several sets of weights in the file, such as state_dict_ema")
     parser.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinity for values")
 
@@ -85,6 +90,8 @@ def read_asked(arguments: argparse.Namespace) -> Checkpoint:
         variant=arguments.variant,
         num_blocks=arguments.blocks,
         image_size=arguments.image_size,
+        gelu=arguments.gelu,
+        layer_norm_epsilon=arguments.layer_norm_epsilon,
         dtype=arguments.dtype,
         allow_nonfinite=arguments.allow_nonfinite,
         key=arguments.key,

@@ -52,6 +52,7 @@ class Layout:
     gelu: Gelu = "tanh"
     layer_norm_epsilon: float = 1e-6
     preprocessing: str | None = "resmall_crop"
+    certain: bool = False  # whether every file that says nothing has these numerics, as all of Google's do
     tanh_remedy: str = ""  # what makes a code of the exact GELU compute the tanh one
     told_sizes: str = ""  # what its constructor must be told of other sizes than a variant's at 224 pixels
     headless: str = ""  # what its owners' loader does with weights without a head
@@ -77,6 +78,7 @@ GOOGLE = Layout(
         "head": "head/{leaf}",
     },
     leaves=FLAX_LEAVES,
+    certain=True,
     headless="Google's loader stops without head/kernel and head/bias; --num-classes N writes them, as zeros",
 )
 
@@ -169,6 +171,7 @@ LEGACY = Layout(
         "head": "head/{leaf}",
     },
     leaves=FLAX_LEAVES | {"mlp": {"kernel": "1 i o", "bias": "1 o"}},
+    certain=True,
     headless=GOOGLE.headless,
 )
 

@@ -2,6 +2,7 @@
 
 __all__ = ["ON_HUB", "PUBLISHED", "Published", "list_models"]
 
+import difflib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -77,3 +78,15 @@ def list_models(filter: str = "*") -> list[str]:
     `filter` is a pattern of `*`, `?` and `[...]`, in either case of letters. Any "hf:owner/repository" is taken besides.
     """
     return [name for name in (PUBLISHED | ON_HUB) if fnmatchcase(name.lower(), filter.lower())]
+
+
+def nearest(name: str) -> list[str]:
+    """The names of the published files, those most like `name` first: "B/16" and "mixer_b16" mean what ends in "Mixer-B_16"."""
+
+    def plain(text: str) -> str:
+        return "".join(letter for letter in text.lower() if letter.isalnum())
+
+    def likeness(known: str) -> tuple[bool, float]:
+        return plain(name) in plain(known), difflib.SequenceMatcher(None, plain(name), plain(known)).ratio()
+
+    return sorted(list_models(), key=likeness, reverse=True)

@@ -35,6 +35,15 @@ def flattened(tree: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, Arra
     return arrays, others
 
 
+def carried(tree: Mapping[Any, Any], key: str | None = None, path: str = "") -> Any:
+    """The metadata that a state_dict of ours carries, itself or inside a dictionary, there under `key`; else None."""
+    own = (getattr(tree, "_metadata", None) or {}).get("mixer_jax")
+    if own is not None and key in (None, path):
+        return own
+    inner = [carried(value, key, f"{path}/{name}".lstrip("/")) for name, value in tree.items() if isinstance(value, Mapping)]
+    return next((found for found in inner if found is not None), None)
+
+
 def unwrapped(arrays: Arrays, key: str | None = None) -> tuple[dict[str, Array], list[str]]:
     """The weights alone, and what to tell about it. Raises CheckpointError where there are several and no `key` says which."""
     found = sorted({prefix for name in arrays if (prefix := _wrapper(name)) is not None})

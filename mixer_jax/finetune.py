@@ -119,7 +119,7 @@ def state_of(optimizer: "nnx.Optimizer") -> State:
     import numpy as np
 
     trace = {name: np.array(variable[...]) for name, (_, variable) in _trace(optimizer).items()}
-    return State(int(optimizer.step[...]), Checkpoint.from_arrays(trace, source="the momentum"))
+    return State(int(optimizer.step[...]), Checkpoint.of_momentum(trace, "flax"))
 
 
 def resume(optimizer: "nnx.Optimizer", state: State) -> None:

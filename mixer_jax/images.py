@@ -1,5 +1,6 @@
 """What both models ask of the images they are called with."""
 
+import os
 from collections.abc import Sequence
 
 from convert import MixerConfig
@@ -12,11 +13,21 @@ def few_enough(config: MixerConfig, itemsize: int) -> int:
     return max(1, CACHE // (itemsize * config.num_tokens * config.channels_mlp_dim))
 
 
+def require_array(images: object) -> None:
+    """Raise ValueError, naming the function to use, for the path of an image."""
+    if isinstance(images, str | os.PathLike):
+        raise ValueError(
+            f"images must be an array, not the path {str(images)!r}: mixer_jax.prepare({str(images)!r}, model)[None]"
+        )
+
+
 def check_images(shape: Sequence[int], dtype: str, config: MixerConfig, *, axes: str) -> None:
     """Raise ValueError, saying what to do, unless images fit the model in size, axes ("b h w c", "b c h w") and dtype."""
     h, w, c = (*config.image_size, config.in_channels)
     sizes = {"b": "batch", "h": h, "w": w, "c": c}
     wanted, found = tuple(sizes[axis] for axis in axes.split()), tuple(shape)
+    if len(found) == 4 and found[1:] == wanted[1:] and dtype.startswith(("float", "bfloat")):
+        return  # a batch of symbolic length is not looked at further
     text = f"images must be ({', '.join(map(str, wanted))}), that is ({', '.join(axes.split())}), not {found}"
     if len(found) == 3 and found == wanted[1:]:
         raise ValueError(f"{text}: one image is a batch of one, images[None]")

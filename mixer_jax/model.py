@@ -26,7 +26,7 @@ from jax.typing import ArrayLike, DTypeLike
 from convert import MixerConfig
 from convert.dtypes import weights_dtype
 
-from .images import check_images
+from .images import check_images, require_array
 from .masks import check_mask
 
 Array = jax.Array
@@ -309,6 +309,7 @@ class MlpMixer(nnx.Module):
 
     def checked(self, images: Any) -> Any:
         """The images as an array of JAX, if the model can take them; a jax.ShapeDtypeStruct stays one."""
+        require_array(images)
         images = images if hasattr(images, "dtype") and hasattr(images, "shape") else np.asarray(images)
         dtype = np.dtype(images.dtype)
         require_x64(dtype, "these images are float64, which")

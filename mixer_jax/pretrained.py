@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from convert import Checkpoint, CheckpointError, memory, read, usual_layout, write
 from convert.arrays import Array, Arrays, stacked
 from convert.config import Gelu, Size
+from convert.dtypes import weights_dtype
 
 if TYPE_CHECKING:
     import jax
@@ -34,6 +35,7 @@ def load(
     gelu: Gelu | None = None,
     layer_norm_epsilon: float | None = None,
     allow_nonfinite: bool = False,
+    key: str | None = None,
     dropout_rate: float = 0.0,
     stochastic_depth_rate: float = 0.0,
     rescale: bool = True,
@@ -48,9 +50,11 @@ def load(
 
     `source` is a file, an Orbax folder or a Checkpoint, in any layout. `variant` refuses all but, say, "B/16"; another
     `num_classes` than the file's gives a fresh zero head, with a warning that says so; `num_blocks` and `image_size`
-    (pixels) say what the file cannot; `gelu` and `layer_norm_epsilon` override its numerics. Rates above 0 need `rngs`.
-    `dtype`, `precision`, `rescale` and `remat` are MlpMixer's; `param_dtype` defaults to the file's. `sharding` places the
-    weights: a device, a Sharding for all, or a function of name (`"blocks/token_mixing/dense_0/kernel"`) and shape.
+    (pixels) say what the file cannot; `gelu` and `layer_norm_epsilon` override its numerics; `key` names one of several sets
+    of weights in it. Rates above 0 need `rngs`. `dtype`, `precision`, `rescale` and `remat` are MlpMixer's; `param_dtype`
+    defaults to the file's. Dtypes are NumPy's, JAX's or PyTorch's, or their names. `sharding` places the weights: a device, a
+    Sharding for all, or a function of name (`"blocks/token_mixing/dense_0/kernel"`) and shape. To train on a mesh with
+    explicit axes the weights must lie on it: `NamedSharding(mesh, PartitionSpec())`.
 
     Raises CheckpointError for anything about the file that does not fit, naming every fault.
     """
@@ -62,6 +66,8 @@ def load(
 
     if (dropout_rate or stochastic_depth_rate) and rngs is None:
         raise ValueError("dropout and stochastic depth need rngs, as in load(..., rngs=flax.nnx.Rngs(0))")
+    if dtype is not None:
+        dtype = weights_dtype(dtype)
     checkpoint = read(
         source,
         variant=variant,
@@ -70,8 +76,9 @@ def load(
         image_size=image_size,
         gelu=gelu,
         layer_norm_epsilon=layer_norm_epsilon,
-        dtype=param_dtype if param_dtype is None or isinstance(param_dtype, str) else np.dtype(param_dtype).name,
+        dtype=None if param_dtype is None else weights_dtype(param_dtype, "param_dtype"),
         allow_nonfinite=allow_nonfinite,
+        key=key,
     ).to("flax")
     model = nnx.eval_shape(
         lambda: MlpMixer(
@@ -119,6 +126,9 @@ def save(
     The ending of `path` says the format; `layout` defaults to what is usual in it: google in .npz, timm in .safetensors
     and .pt, flax in an Orbax folder. `dtype` rounds. An existing file is replaced only with `force`.
     """
+    from .model import MlpMixer
+
+    require_model(model, path, MlpMixer, other="mixer_jax.torch_model.save")
     write(path, to_checkpoint(model), layout=layout or usual_layout(path), dtype=dtype, force=force)
 
 
@@ -135,6 +145,16 @@ def to_checkpoint(model: "MlpMixer") -> Checkpoint:
     arrays: dict[str, Array] = {"/".join(path): array for path, array in parameters if not isinstance(path[1], int)}
     arrays |= {name: stacked(items) for name, items in blocks.items()}
     return Checkpoint.of_model(arrays, "flax", model.config, labels=model.labels, preprocessing=model.preprocessing)
+
+
+def require_model(model: object, path: object, kind: type, *, other: str) -> None:
+    """Raise TypeError, saying what to do, unless `save` was given a model of its framework, and then a path."""
+    if isinstance(model, kind):
+        return
+    if isinstance(path, kind):
+        raise TypeError(f"save takes the model first and then the path, save(model, {str(model)!r})")
+    found = f"{type(model).__module__}.{type(model).__qualname__}"
+    raise TypeError(f"save takes a {kind.__module__}.{kind.__qualname__}, not {found}; the other framework's is {other}")
 
 
 def require_same(arrays: Arrays, wanted: Mapping[str, tuple[tuple[int, ...], str]], source: str) -> None:

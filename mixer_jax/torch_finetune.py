@@ -27,16 +27,16 @@ class Sgd(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step. Raises ValueError, before anything changes, for weights that have no gradient."""
+        """One step for the weights that have a gradient. Raises ValueError, before anything changes, if none has one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         (group,) = self.param_groups
-        parameters, gradients = group["params"], [parameter.grad for parameter in group["params"]]
-        missing = [name for name, gradient in zip(group["param_names"], gradients) if gradient is None]
-        if missing:
-            raise ValueError(f"no gradient for {', '.join(missing)}: call backward() before step()")
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters]
+        if not parameters:
+            raise ValueError("no weight has a gradient: call backward() before step()")
         group["lr"] = self.recipe.rate(group["steps"])
         # Written out, since clip_grad_norm_ divides by the norm + 1e-6.
         divisor = (torch.nn.utils.get_total_norm(gradients) / self.recipe.clip_norm).clamp(min=1)
@@ -63,7 +63,7 @@ def state_of(optimizer: Sgd) -> State:
         name: buffer.detach().to(_momentum_dtype(optimizer.recipe, named[name]), copy=True) for name, buffer in buffers.items()
     }
     arrays = {name: from_torch(copy) for name, copy in copies.items()}
-    return State(optimizer.param_groups[0]["steps"], Checkpoint.from_arrays(arrays, source="the momentum"))
+    return State(optimizer.param_groups[0]["steps"], Checkpoint.of_momentum(arrays, "timm"))
 
 
 def resume(optimizer: Sgd, state: State) -> None:

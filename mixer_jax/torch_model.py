@@ -21,12 +21,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert import Checkpoint, MixerConfig, read, usual_layout, write
+from convert import Checkpoint, Metadata, MixerConfig, read, usual_layout, write
 from convert.config import Gelu, Size
+from convert.containers import sealed
 from convert.containers.pt import from_torch, to_torch
+from convert.dtypes import weights_dtype
 
 from . import pretrained
-from .images import check_images, few_enough
+from .images import check_images, few_enough, require_array
 from .masks import check_mask
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -162,7 +164,8 @@ class MlpMixer(nn.Module):
     "default") sets the TF32 switches of CUDA for the time of a forward pass: "highest" is full float32, the others allow
     TF32, None leaves them alone.
 
-    On a CPU, in eval mode and without gradients, a batch passes a few images at a time.
+    `state_dict()` carries numerics, grid, labels and preprocessing in its `_metadata`, where `torch.save` keeps them, `load`
+    and `Checkpoint.from_arrays` find them and `load_state_dict` passes over them.
 
     Raises ValueError for images of another shape or of integers, for float64 images of a model that is not float64, and
     for masks of another shape or dtype.
@@ -178,11 +181,12 @@ class MlpMixer(nn.Module):
         dropout_rate: float = 0.0,
         stochastic_depth_rate: float = 0.0,
         rescale: bool = True,
-        dtype: torch.dtype | None = None,
-        param_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str | None = None,
+        param_dtype: torch.dtype | str = torch.float32,
         precision: str | None = None,
     ):
         super().__init__()
+        dtype, param_dtype = None if dtype is None else _dtype(dtype, "dtype"), _dtype(param_dtype, "param_dtype")
         for name, rate in (("dropout_rate", dropout_rate), ("stochastic_depth_rate", stochastic_depth_rate)):
             if not 0 <= rate < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {rate}")
@@ -199,6 +203,7 @@ class MlpMixer(nn.Module):
             nn.init.zeros_(self.head.weight)
         self.precision = precision
         self.to(param_dtype)
+        self.register_state_dict_post_hook(_carry_metadata)
 
     def forward(self, images: Tensor, *, tap: Tap = identity, masks: Masks | None = None) -> Tensor:
         x = self.features(images, tap=tap, masks=masks)
@@ -208,11 +213,6 @@ class MlpMixer(nn.Module):
     def features(self, images: Tensor, *, tap: Tap = identity, masks: Masks | None = None) -> Tensor:
         """What the head sees: the mean over tokens of the normalised output, (b, hidden)."""
         self._check(images)
-        plain = tap is identity and masks is None and not self.training and not torch.is_grad_enabled()
-        if plain and images.device.type == "cpu":
-            few = few_enough(self.config, (self.stem.dtype or images.dtype).itemsize)
-            if len(images) > few:
-                return torch.cat([self.features(part) for part in images.split(few)])
         masks = drawn(images.device) if masks is None else _given(masks, images.device)
         with switches(self.precision):
             x = tap("stem", self.stem(images))
@@ -222,6 +222,7 @@ class MlpMixer(nn.Module):
             return tap("mean", x.mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32)))
 
     def _check(self, images: Tensor) -> None:
+        require_array(images)
         if not isinstance(images, Tensor):
             raise ValueError(f"images must be a torch.Tensor, not {type(images).__name__}: use torch.from_numpy")
         check_images(images.shape, _name(images.dtype), self.config, axes="b c h w")
@@ -286,11 +287,12 @@ def load(
     gelu: Gelu | None = None,
     layer_norm_epsilon: float | None = None,
     allow_nonfinite: bool = False,
+    key: str | None = None,
     dropout_rate: float = 0.0,
     stochastic_depth_rate: float = 0.0,
     rescale: bool = True,
-    dtype: torch.dtype | None = None,
-    param_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    param_dtype: torch.dtype | str | None = None,
     precision: str | None = None,
     device: torch.device | str | None = None,
 ) -> MlpMixer:
@@ -298,6 +300,7 @@ def load(
 
     Raises CheckpointError for anything about the file that does not fit, naming every fault.
     """
+    dtype = None if dtype is None else _dtype(dtype, "dtype")
     checkpoint = read(
         source,
         variant=variant,
@@ -306,8 +309,9 @@ def load(
         image_size=image_size,
         gelu=gelu,
         layer_norm_epsilon=layer_norm_epsilon,
-        dtype=None if param_dtype is None else _name(param_dtype),
+        dtype=None if param_dtype is None else weights_dtype(param_dtype, "param_dtype"),
         allow_nonfinite=allow_nonfinite,
+        key=key,
     ).to("timm")
     with torch.device("meta"):
         model = MlpMixer(
@@ -337,6 +341,7 @@ def save(
     force: bool = False,
 ) -> None:
     """Write a PyTorch model's weights with its numerics, grid, labels and preprocessing, as `mixer_jax.save` does."""
+    pretrained.require_model(model, path, MlpMixer, other="mixer_jax.save")
     write(path, to_checkpoint(model), layout=layout or usual_layout(path), dtype=dtype, force=force)
 
 
@@ -344,6 +349,24 @@ def to_checkpoint(model: MlpMixer) -> Checkpoint:
     """A PyTorch model's weights, with all that makes them a function. Shares their memory where it can."""
     arrays = {name: from_torch(tensor) for name, tensor in model.state_dict().items()}
     return Checkpoint.of_model(arrays, "timm", model.config, labels=model.labels, preprocessing=model.preprocessing)
+
+
+def in_microbatches(function: Callable[[Tensor], Tensor], images: Tensor, config: MixerConfig) -> Tensor:
+    """What `function`, such as a model or its `features`, gives for a batch, computed a few images at a time.
+
+    On a CPU, without gradients and for a large batch, that takes 6 to 7 % less time: the activations stay in the cache.
+    """
+    return torch.cat([function(part) for part in images.split(few_enough(config, images.dtype.itemsize))])
+
+
+def _carry_metadata(model: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    assert isinstance(model, MlpMixer)
+    metadata = Metadata.of_config(model.config, labels=model.labels, preprocessing=model.preprocessing)
+    state._metadata["mixer_jax"] = sealed(metadata.said())  # type: ignore[attr-defined]
+
+
+def _dtype(dtype: torch.dtype | str, name: str) -> torch.dtype:
+    return getattr(torch, weights_dtype(dtype, name).name)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ from ..arrays import Array, LazyArray, contiguous
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
 from ..files import OpenFile
-from ..wrappers import flattened
+from ..wrappers import carried, flattened
 from . import OURS, Content
 from .zips import Member, read_directory
 
@@ -41,13 +41,12 @@ def read(path: Path) -> Content:
     try:
         state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except Exception as error:  # whatever an unpickler that trusts nothing comes upon
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"torch.load(weights_only=True) refuses it, and nothing else is tried: {reason}") from None
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()[:1] or [type(error).__name__]
+        raise CheckpointError(f"torch.load(weights_only=True) refuses it, and nothing else is tried: {reason[0]}") from None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"holds a {type(state).__name__}, not a state_dict")
-    metadata = getattr(state, "_metadata", None) or {}
     arrays, others = flattened(state)
-    return Content(_from_file(arrays, file, members), metadata.get(OURS), others, verified=True)
+    return Content(_from_file(arrays, file, members), carried(state), others, verified=True)
 
 
 def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None) -> None:
