@@ -106,11 +106,8 @@ def compare(arguments: argparse.Namespace) -> None:
         sides.append(read_asked(arguments))
     left, right = (mapping.to_canonical(side.arrays, side.layout) for side in sides)
     found = list(differences(left, right))
-    numerics = [
-        f"{name}: {getattr(sides[0].metadata, name)} against {getattr(sides[1].metadata, name)}"
-        for name in ("gelu", "layer_norm_epsilon", "image_size", "preprocessing")
-        if getattr(sides[0].metadata, name) != getattr(sides[1].metadata, name)
-    ]
+    entries = ("gelu", "layer_norm_epsilon", "image_size", "preprocessing")
+    numerics = sides[0].metadata.differences(sides[1].metadata, entries)
     if arguments.json:
         rows = [asdict(d) | {"largest": d.largest if math.isfinite(d.largest or 0) else str(d.largest)} for d in found]
         print(json.dumps({"same": not found, "differences": rows, "numerics": numerics}, allow_nan=False))

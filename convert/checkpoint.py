@@ -88,6 +88,10 @@ class Metadata:
             raise CheckpointError(f"metadata that makes no sense: {wrong}")
         return new
 
+    def differences(self, other: "Metadata", entries: Sequence[str]) -> list[str]:
+        """These entries where the two differ, as "gelu: tanh against exact"."""
+        return [f"{k}: {a} against {b}" for k in entries if (a := getattr(self, k)) != (b := getattr(other, k))]
+
     def said(self, *, beyond: "Metadata | None" = None) -> dict[str, Any]:
         """The entries as JSON has them; with `beyond`, those alone that differ from it."""
         entries = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

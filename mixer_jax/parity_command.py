@@ -129,7 +129,8 @@ def findings(
         budget = f"{draws} draws, seed {seed}; at least {precision.LANES} partial sums in a sum over channels"
         about["input"] = {"images": f"{len(images)}, {said}", "budget": budget}
         about |= {"first side": _side(a), "second side": _side(b), "versions": _versions(a, b), "machine": _machine()}
-    return Findings(report, source, about, explanation, exactness, predicted)
+    stated = checkpoint.metadata.differences(second.metadata, ("gelu", "layer_norm_epsilon"))
+    return Findings(report, source, about, explanation, exactness, predicted, stated)
 
 
 def _require_room(config: MixerConfig, count: int, draws: int) -> None:

@@ -26,6 +26,7 @@ class Findings:
     explanation: "Explanation | None" = None
     exactness: "Exactness | None" = None
     predictions: "Sequence[Prediction] | None" = None
+    stated_differences: Sequence[str] = ()  # of the two files' numerics, such as "gelu: tanh against exact"
 
     @property
     def passed(self) -> bool:
@@ -40,9 +41,20 @@ def verdict(found: Findings) -> str:
     """Yes or no, and why, in one sentence."""
     report, exactness = found.report, found.exactness
     pair = f"{report.a} and {report.b}"
-    differ = f"the {found.what} differ by {report.logits.largest:.1e} at most and use {_used(report.share)} their budget"
+    # The figure that uses more of its budget, so that the two figures of the sentence tell the same as its words.
+    logits, budget = report.logits, report.logits_budget
+    rms = logits.rms * budget.largest > logits.largest * budget.rms
+    size = f"{logits.rms:.1e} in root mean square" if rms else f"{logits.largest:.1e} at most"
+    differ = f"the {found.what} differ by {size} and use {_used(report.share)} their budget"
+    differ += f", {budget.rms if rms else budget.largest:.1e}"
     if found.passed:
-        return f"yes: {pair} compute the same from {found.source}; {differ}, and every operation is within its own"
+        yes = f"yes: {pair} compute the same from {found.source}; {differ}, and every operation is within its own"
+        unresolved = "; ".join(found.stated_differences)
+        return (
+            yes
+            if not unresolved
+            else f"{yes}; but the files state different numerics, {unresolved}, which this cannot tell apart"
+        )
     no = f"no: {pair} do not compute the same from {found.source}"
     if report.first:
         return f"{no}; the first operation outside its budget is {report.first}"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import TINY, random_images, random_weights
 from flax import nnx
-from sides import flax_model, twin_model
+from sides import flax_model
 
 import mixer_jax
 from mixer_jax import images as images_module
@@ -85,19 +85,3 @@ def test_a_shape_is_compiled_once(model):
     assert traced == [(2, *TINY.image_size, 3)]
     forward(random_images(TINY, 4))
     assert len(traced) == 2
-
-
-@pytest.mark.torch
-def test_the_twin_passes_a_few_images_at_a_time_too(monkeypatch):
-    import torch
-
-    twin, images = twin_model(WEIGHTS, TINY), torch.from_numpy(random_images(TINY, 5, dtype="float64")).permute(0, 3, 1, 2)
-    seen = []
-    twin.stem.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    whole = twin(images)
-    monkeypatch.setattr(images_module, "CACHE", 2 * 8 * TINY.num_tokens * TINY.channels_mlp_dim)
-    with torch.inference_mode():
-        assert torch.allclose(twin(images), whole, rtol=1e-13, atol=1e-13)
-        twin(images, tap=lambda name, array: array)
-    twin(images)  # with gradients
-    assert seen == [5, 2, 2, 1, 5, 5]
