@@ -304,7 +304,7 @@ def forward(bench: Bench, dtype: str, sides: Sequence[Side], batches: dict[int, 
 def part_forward(bench: Bench) -> tuple[Rows, Goals]:
     sides = [Side("ours"), Side("linen"), Side("timm", "peers"), Side("torch_eager", "peers"), Side("torch_compile", "peers")]
     sides += [Side("onnxruntime", "peers"), Side("openvino", "peers"), Side("ceiling"), Side("bandwidth")]
-    sides += [Side("ours", job={"unstack": False}, name="ours-stacked"), Side("products")]
+    sides += [Side("ours", job={"unstack": True}, name="ours-unstacked"), Side("products")]
     if bench.quick:
         sides = [Side("ours"), Side("nnx_jit"), Side("linen"), Side("twin", "peers")]
     batches = {8: 3} if bench.quick else {1: 15, 8: 7, 32: 5}

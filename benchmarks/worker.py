@@ -36,7 +36,7 @@ def ours(job: dict[str, Any]) -> Prepared:
 
     dtype = None if job["dtype"] == "float32" else job["dtype"]
     model = mixer_jax.load(job["weights"], dtype=dtype, param_dtype=dtype)
-    forward = mixer_jax.compiled(model.unstacked() if job.get("unstack", True) else model)
+    forward = mixer_jax.compiled(model.unstacked() if job.get("unstack") else model)
     images = jax.device_put(images_of(job).astype(job["dtype"]))
     return (lambda: forward(images).block_until_ready()), (lambda: {"logits": np.asarray(forward(images), np.float32)}), {}
 
@@ -237,13 +237,14 @@ def compiling(job: dict[str, Any], config: Any, function: Callable[..., Any], pa
 
 
 def twin(job: dict[str, Any]) -> Prepared:
-    """Our PyTorch model, eager."""
+    """Our PyTorch model, eager, in the microbatches that the library offers."""
     import torch
 
     from mixer_jax import torch_model
 
     dtype = getattr(torch, job["dtype"])
-    return torch_forward(job, torch_model.load(job["weights"], dtype=dtype, param_dtype=dtype))
+    model = torch_model.load(job["weights"], dtype=dtype, param_dtype=dtype)
+    return torch_forward(job, lambda images: torch_model.in_microbatches(model, images, model.config))
 
 
 def timm(job: dict[str, Any]) -> Prepared:
