@@ -13,13 +13,13 @@ demo: .venv/installed  ## train on digits, convert, compare; WEIGHTS=Mixer-B_16.
 	$(BIN)/python -m mixer_jax demo $(WEIGHTS)
 
 test: .venv/installed  ## the whole suite, save for what takes minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-heavy: .venv/installed  ## what takes minutes or gigabytes
 	$(BIN)/python -m pytest -m heavy
 
 test-latest: .venv-latest/installed  ## the newest JAX and Flax on the newest Python found, without PyTorch
-	WITHOUT_TORCH=1 $(LATEST)/python -m pytest
+	WITHOUT_TORCH=1 $(LATEST)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-h100: .venv-h100/installed  ## what an H100 would be given to run; 5 GB of packages, no GPU
 	$(H100)/python -m pytest -m h100 tests/test_compiled.py

@@ -23,7 +23,8 @@ class Forward(Generic[Output]):
     """
 
     def __init__(self, model: MlpMixer, outputs: Callable[[MlpMixer, jax.Array], Output]):
-        platforms = {device.platform for leaf in jax.tree.leaves(nnx.state(model)) for device in leaf.devices()}
+        known = [leaf for leaf in jax.tree.leaves(nnx.state(model)) if not isinstance(leaf, jax.core.Tracer)]
+        platforms = {device.platform for leaf in known for device in leaf.devices()}
         # A loop over stacked weights copies each block's part of them; a view of it costs a CPU nothing.
         self._model = model.unstacked() if platforms == {"cpu"} else model
         graphdef, state = nnx.split(self._model)

@@ -85,3 +85,33 @@ def test_a_shape_is_compiled_once(model):
     assert traced == [(2, *TINY.image_size, 3)]
     forward(random_images(TINY, 4))
     assert len(traced) == 2
+
+
+def test_it_lowers_as_jax_jit_does_so_that_cost_and_memory_can_be_read(model):
+    forward, images = mixer_jax.compiled(model), random_images(TINY)
+    for given in (images, jax.ShapeDtypeStruct(images.shape, images.dtype)):
+        program = forward.lower(given).compile()
+        assert program.cost_analysis()["flops"] > len(images) * TINY.forward_flops
+        assert program.memory_analysis().temp_size_in_bytes > 0
+    with pytest.raises(ValueError, match="one image is a batch of one"):
+        forward.lower(images[0])
+
+
+def test_on_a_cpu_the_default_is_block_by_block_and_copies_no_weights():
+    config = TINY.replace(hidden_dim=64, channels_mlp_dim=64)  # whose kernels begin on the boundary of a cache line
+    model = flax_model(random_weights(config), config, param_dtype="float32")
+    forward = mixer_jax.compiled(model)
+    assert "stablehlo.while" not in forward.lower(random_images(config)).as_text()
+    assert "stablehlo.while" in jax.jit(model).lower(random_images(config)).as_text()
+    stacked = model.blocks.channel_mixing.dense_0.kernel[...]
+    start, size = stacked.unsafe_buffer_pointer(), stacked[0].nbytes
+    views = [model.unstacked().block(i).channel_mixing.dense_0.kernel[...].unsafe_buffer_pointer() for i in range(3)]
+    assert views == [start + i * size for i in range(3)]
+
+
+def test_a_compiled_model_composes_with_plain_transforms(model):
+    forward, images = mixer_jax.compiled(model), random_images(TINY)
+    wanted = np.asarray(forward(images))
+    assert np.allclose(jax.jit(forward)(images), wanted, atol=1e-6)
+    assert np.abs(jax.grad(lambda images: forward(images).sum())(jax.numpy.asarray(images))).max() > 0
+    assert np.allclose(nnx.jit(lambda model, images: mixer_jax.compiled(model)(images))(model, images), wanted, atol=1e-6)

@@ -1,5 +1,6 @@
 """What parity found, in its three forms, and the command as a person runs it."""
 
+import contextlib
 import io
 import json
 import os
@@ -403,3 +404,31 @@ def test_files_of_other_preprocessing_see_their_own_pixels(capsys, tmp_path):
     assert (causes["preprocessing"]["a"], causes["preprocessing"]["b"]) == ("resmall_crop", "squash")
     assert causes["preprocessing"]["share"] > 0.99
     assert found["explanation"]["unexplained"]["largest"] < 1e-5
+
+
+@pytest.mark.parametrize("over", ["largest", "rms"])
+def test_the_verdict_prints_the_figure_that_is_over_its_budget(honest, over):
+    """Never "7.6e-07, budget 9.4e-07" of a comparison that failed."""
+    budget = honest.report.logits_budget
+    figures = {"largest": 0.5 * budget.largest, "rms": 0.5 * budget.rms} | {over: 3 * getattr(budget, over)}
+    report = replace(honest.report, logits=replace(honest.report.logits, **figures), share=3.0)
+    line = verdict(replace(honest, report=report))
+    words = {"largest": "at most", "rms": "in root mean square"}[over]
+    assert line.startswith("no: ")
+    assert f"differ by {figures[over]:.1e} {words} and use 3 times their budget, {getattr(budget, over):.1e}" in line
+
+
+@pytest.mark.parametrize(("dtype", "answer"), [("bfloat16", "yes"), ("float64", "no")])
+def test_a_verdict_names_a_stated_difference_that_it_cannot_resolve(capsys, tmp_path, dtype, answer):
+    """With a first layer so small that both GELUs round to the same in bfloat16."""
+    found = convert.read(SQUARE)
+    arrays = {n: np.asarray(a) * np.float32(1e-3 if "Dense_0" in n else 1) for n, a in found.arrays.items()}
+    for gelu in ("tanh", "exact"):
+        convert.write(tmp_path / f"{gelu}.safetensors", replace(found, arrays=arrays).with_metadata(gelu=gelu))
+    files = [str(tmp_path / f"{gelu}.safetensors") for gelu in ("tanh", "exact")]
+    with contextlib.suppress(SystemExit):  # of a no
+        main(["parity", *files, "--a", f"flax:cpu:{dtype}", "--b", f"flax:cpu:{dtype}"])
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"{answer}: ")
+    unresolved = "; but the files state different numerics, gelu: tanh against exact, which this cannot tell apart"
+    assert line.endswith(unresolved) == (answer == "yes")
