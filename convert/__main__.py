@@ -32,12 +32,12 @@ MEANT = {"google": "npz", "pt": "torch", "pth": "torch", "pytorch": "torch", "ja
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    meant = "2".join(MEANT.get(name, name) for name in argv[0].split("2")) if argv else ""
+    if meant in A2B and argv[0] not in VERBS and not os.path.exists(argv[0]):
+        parser.error(f"no command {argv[0]!r}: did you mean {meant}?")
     if argv and _is_source(argv):
         argv.insert(0, "convert")  # the verb goes without saying
-    parser = _parser()
-    meant = [MEANT.get(name, name) for name in argv[0].split("2")] if argv else []
-    if "2".join(meant) in A2B and argv[0] not in VERBS:
-        parser.error(f"no command {argv[0]!r}: did you mean {'2'.join(meant)}?")
     require_verb(parser, argv, VERBS, f"{', '.join(VERBS[:4])} and A2B, as in npz2torch; A and B are of {', '.join(NAMES)}")
     arguments = parser.parse_args(argv)
     return guarded(lambda: arguments.run(arguments))

@@ -155,6 +155,24 @@ def test_an_unknown_verb_is_told_the_nearest(verb, near, capsys):
     assert said.count("2") < 12  # and not every pair
 
 
+def test_an_unknown_verb_is_no_source_for_the_sake_of_an_option(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main("npz2pt", SQUARE, "w.pt", "--to", "torch")
+    assert "error: no command 'npz2pt': did you mean npz2torch?" in capsys.readouterr().err
+    (tmp_path / "npz2pt").write_bytes(SQUARE.read_bytes())
+    assert main("npz2pt", "w.npz", "--to", "torch") == 0  # a file of that name is one
+
+
+@pytest.mark.parametrize("line", ["--force FILE w.npz", "--to=timm FILE w.npz", "./inspect w.npz", "--resize-to 40 FILE w.npz"])
+def test_the_verb_goes_without_saying_before_options_and_paths(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert.write(tmp_path / "inspect.npz", convert.read(SQUARE))
+    (tmp_path / "inspect.npz").rename(tmp_path / "inspect")
+    assert main(*line.replace("FILE", str(SQUARE)).split()) == 0
+    assert (tmp_path / "w.npz").exists()
+
+
 def test_an_unknown_verb_without_a_neighbour_is_told_what_there_is():
     said = run("-m", "convert", "xyzzy", code=2)
     assert said.endswith(
