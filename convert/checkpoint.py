@@ -279,6 +279,8 @@ class Checkpoint:
         """With a fresh head of zeros, as Google's fine-tuning starts; unchanged if it has that many classes, 0 for none."""
         if num_classes == self.sizes["num_classes"]:
             return self
+        if num_classes < 0:
+            raise CheckpointError(f"{self.source}: num_classes must be a whole number of at least 0, not {num_classes}")
         if not num_classes:
             return self.without_head()
         shapes = mapping.shapes(GOOGLE, self.sizes | {"num_classes": num_classes})

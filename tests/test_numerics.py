@@ -197,6 +197,11 @@ def test_a_name_that_is_no_file_lists_the_published_ones_nearest_first(name):
     assert names[0].lower().replace("_", "").rstrip("0123456789").endswith(("mixer-b", "mixerb")) or "mixer_b16" in names[0]
 
 
+def test_a_class_count_below_zero_is_refused():
+    with pytest.raises(CheckpointError, match=r"num_classes must be a whole number of at least 0, not -1"):
+        mixer_jax.load(GOLDENS["square"].weights_file, num_classes=-1)
+
+
 def test_an_address_is_shown_as_it_was_given():
     with pytest.raises(CheckpointError, match=r"^https://example.org/Mixer-B_16.npz: an address, not a file"):
         mixer_jax.load("https://example.org/Mixer-B_16.npz")
