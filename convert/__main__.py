@@ -215,7 +215,7 @@ def _facts(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
         variant, grid = "none of the published ones", f"unknown: {error}"
 
     def origin(entry: str) -> str:
-        return "the file says so" if entry in checkpoint.stated else f"{checkpoint.layout.name}'s default"
+        return "stated" if entry in checkpoint.stated else f"{checkpoint.layout.name}'s default"
 
     return {
         "layout": checkpoint.layout.name,

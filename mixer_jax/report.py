@@ -46,7 +46,7 @@ def verdict(found: Findings) -> str:
     rms = logits.rms * budget.largest > logits.largest * budget.rms
     size = f"{logits.rms:.1e} in root mean square" if rms else f"{logits.largest:.1e} at most"
     differ = f"the {found.what} differ by {size} and use {_used(report.share)} their budget"
-    differ += f", {budget.rms if rms else budget.largest:.1e}"
+    differ += f" of {budget.rms if rms else budget.largest:.1e}"
     if found.passed:
         yes = f"yes: {pair} compute the same from {found.source}; {differ}, and every operation is within its own"
         unresolved = "; ".join(found.stated_differences)

@@ -79,7 +79,7 @@ DAMAGE = {
     "mixed": (changed("head/bias", lambda a: a.astype("float16")), r"1 of float16 \(head/bias: float16\)"),
     "float64": (
         lambda w: {k: v.astype("float64") for k, v in w.items()},
-        r"float64 weights.*: keep them with --dtype float64 \(dtype='float64'\) or round them with --dtype float32",
+        r"float64 weights.*: keep them with --dtype float64 or round them with --dtype float32",
     ),
     "a ViT": (
         lambda w: {"cls": w["head/bias"], "Transformer/encoderblock_0/LayerNorm_0/bias": w["head/bias"]},

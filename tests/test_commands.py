@@ -475,8 +475,8 @@ def test_inspect_says_what_a_file_is(tmp_path):
     (head,) = [row for row in facts["arrays"] if row["array"] == "head/kernel"]
     assert (head["shape"], head["norm"]) == ("10x7", f"{np.linalg.norm(kernel):.6g}")
     assert all((row["NaN"], row["infinite"], row["zeros"]) == (0, 0, "0.00%") for row in facts["arrays"])
-    assert facts["gelu"] == "exact (the file says so)"
-    assert facts["layer_norm_epsilon"] == "1e-06 (flax's default)"
+    assert facts["gelu"] == "exact (stated)"
+    assert facts["layer_norm_epsilon"] == "1e-06 (stated)"
     weights = random_weights(TINY)
     weights["head/bias"][:3] = [np.nan, np.inf, 0]
     np.savez(tmp_path / "odd.npz", **weights)
