@@ -1,6 +1,7 @@
 """A zip's directory is believed only where it accounts for every byte of the file."""
 
 import io
+import itertools
 import struct
 import zipfile
 
@@ -44,6 +45,26 @@ def test_one_flipped_bit_in_a_comment_length_does_not_make_the_head_vanish(tmp_p
         assert {f"{name}.npy" for name in weights} - set(archive.namelist()) == {"head/kernel.npy", "head/bias.npy"}
     with pytest.raises(CheckpointError, match=rf"^{path}: damaged: the zip's directory is \d+ bytes, its entries take \d+"):
         convert.read(path)
+
+
+def test_no_flipped_bit_of_a_length_or_the_end_record_loses_an_array(tmp_path):
+    """Of the three lengths in the entry before the head's two, which can hide just those, and of the end record."""
+    weights, path = random_weights(TINY), tmp_path / "w.npz"
+    np.savez(path, **dict(sorted(weights.items(), key=lambda item: item[0].startswith("head/"))))
+    whole = path.read_bytes()
+    refused, start = 0, entry(path, "stem/kernel.npy")
+    places = [*range(start + 28, start + 34), *range(len(whole) - 22, len(whole))]
+    for at, bit in itertools.product(places, range(8)):
+        path.write_bytes(whole)
+        flipped(path, at, bit)
+        try:
+            read = convert.read(path).as_numpy()
+        except CheckpointError:
+            refused += 1
+        else:
+            assert read.keys() == weights.keys(), f"byte {at}, bit {bit}"
+            assert all(same_bytes(array, read[name]) for name, array in weights.items())
+    assert refused > 0.9 * 8 * len(places)
 
 
 @pytest.mark.torch
