@@ -1,8 +1,6 @@
 """What both command lines share: a person's mistake is one message and an exit code, and a signal cleans up."""
 
 import argparse
-import contextlib
-import ctypes
 import difflib
 import os
 import signal
@@ -11,25 +9,23 @@ import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import get_args
 
-from .checkpoint import Checkpoint, read
 from .config import Gelu, Size, variant_sizes
-from .dtypes import WEIGHTS
+from .dtypes import WEIGHTS, weights_dtype
 from .errors import CheckpointError
-from .files import CHUNK
+from .io import ReadOptions
 
 
-def guarded(command: Callable[[], object]) -> int:
+def run_guarded(command: Callable[[], object]) -> int:
     """Run a command: 0, or 1 after `error: ...` on standard error, or 130 and 143 after Ctrl-C and SIGTERM.
 
     A fault of the program itself keeps its traceback.
     """
-    _give_memory_back()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             command()
-    except BrokenPipeError:  # whoever reads our output has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CheckpointError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,12 +37,6 @@ def guarded(command: Callable[[], object]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def _give_memory_back() -> None:
-    """Have glibc return every array's memory when it is freed, where it would keep what lies between living ones."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(-3, CHUNK + (1 << 13))  # M_MMAP_THRESHOLD; what is gone in a moment stays below
 
 
 def require_verb(parser: argparse.ArgumentParser, argv: list[str], verbs: Collection[str], known: str) -> None:
@@ -68,27 +58,30 @@ def refuse_ignored(arguments: argparse.Namespace, options: Iterable[str], why: s
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `convert.read` that any command with a checkpoint to read takes."""
-    parser.add_argument("--image-size", type=size, metavar="HxW", help="pixels, where the tokens are no square grid")
+    """The options of ReadOptions, for every command that reads a checkpoint."""
     parser.add_argument(
-        "--blocks", type=whole_number(1), metavar="N", help="that this depth is meant, if no published Mixer has it"
+        "--image-size", type=size, metavar="HxW", help="input size in pixels, needed when the patch grid is not square"
     )
-    parser.add_argument("--variant", type=variant, metavar="B/16", help="refuse any other")
-    parser.add_argument("--dtype", choices=WEIGHTS, help="round to it, to nearest even; needed for float64")
+    parser.add_argument(
+        "--depth", type=whole_number(1), metavar="N", help="number of blocks, for a depth no published Mixer has"
+    )
+    parser.add_argument("--variant", type=variant, metavar="B/16", help="fail unless the checkpoint is this variant")
+    parser.add_argument(
+        "--dtype", type=dtype, metavar="DTYPE", help=f"cast weights to {', '.join(WEIGHTS)}; required for float64 files"
+    )
     parser.add_argument("--gelu", choices=get_args(Gelu), help="GELU that the weights were trained with (default: the file's)")
     parser.add_argument(
         "--layer-norm-epsilon", type=float, metavar="E", help="LayerNorm epsilon of the weights (default: the file's)"
     )
     parser.add_argument("--key", help="which of several sets of weights in the file, such as state_dict_ema")
-    parser.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinity for values")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and infinity in the weights")
 
 
-def read_asked(arguments: argparse.Namespace) -> Checkpoint:
-    """The checkpoint `arguments.source` with the options of `add_reading_options`."""
-    return read(
-        arguments.source,
+def reading_options(arguments: argparse.Namespace) -> ReadOptions:
+    """The values of `add_reading_options`."""
+    return ReadOptions(
         variant=arguments.variant,
-        num_blocks=arguments.blocks,
+        num_blocks=arguments.depth,
         image_size=arguments.image_size,
         gelu=arguments.gelu,
         layer_norm_epsilon=arguments.layer_norm_epsilon,
@@ -103,7 +96,7 @@ def size(text: str) -> Size:
     height, _, width = text.partition("x")
     sides = (height, width or height)
     if not all(side.isdecimal() and int(side) for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: 224 or 224x448, height first")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give 224 or 224x448, height first")
     return int(sides[0]), int(sides[1])
 
 
@@ -112,15 +105,25 @@ def whole_number(least: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
         return int(text)
 
     return parse
 
 
-def variant(text: str) -> str:
+def _checked(check: Callable[[str], object], text: str) -> str:
+    """An argument that `check` takes, or the usage error that it explains."""
     try:
-        variant_sizes(text)
+        check(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def dtype(text: str) -> str:
+    """The name of a dtype for weights; bf16 is bfloat16."""
+    return weights_dtype(_checked(weights_dtype, text)).name
+
+
+def variant(text: str) -> str:
+    return _checked(variant_sizes, text)

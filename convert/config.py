@@ -1,4 +1,4 @@
-"""MixerConfig: the sizes of a Mixer and what changes the function it computes."""
+"""MixerConfig: the sizes and the numerics of a Mixer."""
 
 __all__ = ["VARIANTS", "Gelu", "MixerConfig", "ModuleCost", "Size"]
 
@@ -22,12 +22,11 @@ VARIANTS: dict[str, dict[str, int]] = {  # paper, table 1
 
 @dataclass(frozen=True, kw_only=True)
 class MixerConfig:
-    """Everything that decides which function of its weights a Mixer is.
+    """What decides the function that a Mixer computes of its weights.
 
-    Sizes are in pixels (`patch_size` and `image_size`, height first) or in units of a layer.
-    `num_classes=0` means no head: the model ends in features. `gelu` and `layer_norm_epsilon`
-    default to what Google's weights were trained with. What only changes the rounding (precision,
-    the way a variance is summed) is not here.
+    `patch_size` and `image_size` are in pixels, height first; the other sizes are numbers of units. `num_classes=0` means no
+    head: the model returns features. `gelu` and `layer_norm_epsilon` default to those that Google's weights were trained
+    with. What only changes the rounding, such as the precision of matmuls, is not here.
     """
 
     patch_size: Size
@@ -98,9 +97,16 @@ class MixerConfig:
         return self.grid[0] * self.grid[1]
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Every size of an array by its name in `layouts.MODULES`."""
+        names = ("num_blocks", "num_classes", "in_channels", "hidden_dim", "num_tokens", "tokens_mlp_dim", "channels_mlp_dim")
+        patch = {"patch_height": self.patch_size[0], "patch_width": self.patch_size[1]}
+        return {name: getattr(self, name) for name in names} | patch
+
+    @property
     def variant(self) -> str | None:
         """The name of these widths and this patch, such as "B/16", or None."""
-        letter = variant_letter(dataclasses.asdict(self))
+        letter = variant_letter(self.sizes)
         square = self.patch_size[0] == self.patch_size[1]
         named = letter is not None and VARIANTS[letter]["num_blocks"] == self.num_blocks and square
         return f"{letter}/{self.patch_size[0]}" if named else None
@@ -111,7 +117,7 @@ class MixerConfig:
 
     @property
     def forward_flops(self) -> int:
-        """Floating-point operations of the products for one image: two for every multiply-add."""
+        """Floating-point operations of the matmuls for one image, two per multiply-add."""
         return sum(module.flops * module.count for module in self.modules())
 
     def modules(self) -> list["ModuleCost"]:
@@ -154,6 +160,12 @@ def variant_letter(sizes: Mapping[str, object]) -> str | None:
     """The letter whose three widths these are, whatever the depth, or None."""
     widths = ("hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
     return next((k for k, v in VARIANTS.items() if all(v[w] == sizes[w] for w in widths)), None)
+
+
+def usual_depth(sizes: Mapping[str, object]) -> int | None:
+    """The number of blocks of the published Mixers of these widths, or None."""
+    letter = variant_letter(sizes)
+    return VARIANTS[letter]["num_blocks"] if letter else None
 
 
 def as_size(value: int | Size, name: str) -> Size:

@@ -2,8 +2,8 @@ __all__ = ["CheckpointError", "NumericsAssumed"]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint, or a request about one, that cannot be honoured. The message says what to do."""
+    """A checkpoint that is wrong, or a request about one that cannot be met. The message says what to do."""
 
 
 class NumericsAssumed(UserWarning):
-    """A checkpoint says nothing of its numerics, and those of the code that owns its names are taken."""
+    """A checkpoint does not state its numerics, so those of the code that owns its names are assumed."""

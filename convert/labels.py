@@ -18,7 +18,7 @@ def read_labels(path: str | os.PathLike[str], num_classes: int) -> tuple[str, ..
 
 
 def read_lines(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The lines of a file of labels, without the blanks around each."""
+    """The lines of a file of labels, each without the blanks around it."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

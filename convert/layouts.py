@@ -1,9 +1,9 @@
 """THE table: what every layout calls the nine modules of a Mixer, and how it orders their axes.
 
 A layout is a column. `{i}` in a name is the block index, counted from 0; a column whose block names have none keeps the
-blocks as a leading axis `l`. `{leaf}` is where the leaf's name goes. Every transpose and reshape follows from two
-columns' axis orders, in both directions; an axis `1` is written, and on reading may be absent or repeated. Canonical
-means google's names and axes.
+blocks as a leading axis `l`. `{leaf}` is where the leaf's name goes. Every transpose and reshape follows from the axis orders
+of two columns, in both directions; an axis `1` is written, and a file that is read may lack or repeat it. Canonical means
+google's names and axes.
 """
 
 __all__ = ["ALIASES", "LAYOUTS", "Layout", "layout_named"]
@@ -26,6 +26,7 @@ MODULES: dict[str, tuple[str, str, str]] = {
 }
 BLOCK_MODULES = tuple(MODULES)[1:7]
 
+WEIGHT, BIAS = 0, 1  # the two arrays of every module
 Leaves = dict[str, dict[str, str]]  # kind of module -> {leaf name: axes}: the weight first, then the bias
 
 FLAX_LEAVES: Leaves = {
@@ -52,10 +53,10 @@ class Layout:
     gelu: Gelu = "tanh"
     layer_norm_epsilon: float = 1e-6
     preprocessing: str | None = "resmall_crop"
-    certain: bool = False  # whether every file that says nothing has these numerics, as all of Google's do
-    tanh_remedy: str = ""  # what makes a code of the exact GELU compute the tanh one
-    told_sizes: str = ""  # what its constructor must be told of other sizes than a variant's at 224 pixels
-    headless: str = ""  # what its owners' loader does with weights without a head
+    numerics_known: bool = False  # every file without metadata has these numerics, as all of Google's do
+    tanh_remedy: str = ""  # what makes code of the exact GELU compute the tanh one
+    size_arguments: str = ""  # constructor arguments for sizes other than those of a variant at 224 pixels
+    note_without_head: str = ""  # what the loader of the layout's own code does with weights without a head
     spellings: tuple["Layout", ...] = ()  # names that are read as well and never written
 
     @property
@@ -78,23 +79,13 @@ GOOGLE = Layout(
         "head": "head/{leaf}",
     },
     leaves=FLAX_LEAVES,
-    certain=True,
-    headless="Google's loader stops without head/kernel and head/bias; --num-classes N writes them, as zeros",
+    numerics_known=True,
+    note_without_head="Google's loader stops without head/kernel and head/bias; --num-classes N writes them, as zeros",
 )
 
 FLAX = Layout(
     name="flax",  # mixer_jax.MlpMixer
-    modules={
-        "stem": "stem/{leaf}",
-        "token_norm": "blocks/token_norm/{leaf}",
-        "token_mixing/dense_0": "blocks/token_mixing/dense_0/{leaf}",
-        "token_mixing/dense_1": "blocks/token_mixing/dense_1/{leaf}",
-        "channel_norm": "blocks/channel_norm/{leaf}",
-        "channel_mixing/dense_0": "blocks/channel_mixing/dense_0/{leaf}",
-        "channel_mixing/dense_1": "blocks/channel_mixing/dense_1/{leaf}",
-        "pre_head_norm": "pre_head_norm/{leaf}",
-        "head": "head/{leaf}",
-    },
+    modules={module: ("blocks/" if module in BLOCK_MODULES else "") + f"{module}/{{leaf}}" for module in MODULES},
     leaves=FLAX_LEAVES,
 )
 
@@ -114,7 +105,7 @@ TIMM = Layout(
     leaves=TORCH_LEAVES,
     gelu="exact",
     preprocessing="timm_bicubic",
-    told_sizes="mlp_ratio={mlp_ratio}, img_size={image_size}",
+    size_arguments="mlp_ratio={mlp_ratio}, img_size={image_size}",
     tanh_remedy='act_layer=partial(nn.GELU, approximate="tanh")',
 )
 
@@ -171,11 +162,11 @@ LEGACY = Layout(
         "head": "head/{leaf}",
     },
     leaves=FLAX_LEAVES | {"mlp": {"kernel": "1 i o", "bias": "1 o"}},
-    certain=True,
-    headless=GOOGLE.headless,
+    numerics_known=True,
+    note_without_head=GOOGLE.note_without_head,
 )
 
-# Before Flax Linen submodules were numbered across classes. Inferred from Flax's own conversion; no such file was seen.
+# Before Flax Linen submodules were numbered across classes. Inferred from Flax's own conversion; no such file is known.
 PRE_LINEN = replace(
     LEGACY,
     modules=LEGACY.modules
@@ -192,10 +183,7 @@ LEGACY = replace(LEGACY, spellings=(PRE_LINEN,))
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (GOOGLE, FLAX, TIMM, REFERENCE, JEONSWORLD, LEGACY)}
 ALIASES = {"npz": "google", "torch": "timm"}  # names that commands take besides
 
-# The layout that the world expects in a format.
-USUAL_LAYOUT = {"npz": "google", "safetensors": "timm", "pt": "timm", "orbax": "flax"}
-
-# Names that only other networks have, so that a wrong file can be told what it is.
+# Names that only other networks have, to say what a wrong file is.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "a Vision Transformer": ("cls", "Transformer/", "cls_token", "pos_embed", "opt/target/Transformer/"),
     "a ResNet": ("layer1.", "conv_root", "block1/"),

@@ -1,7 +1,7 @@
 """Weights for another grid of patches: the paper's exact rule for whole multiples, and an approximate one for any grid.
 
 Both take and give google's names and axes. Only the token-mixing MLPs know the grid, so all other arrays are passed on as
-they are; what is changed is read when it is asked for. Grids are in patches, height first.
+they are. Nothing is read before its values are needed. Grids are in patches, height first.
 """
 
 __all__ = ["expanded", "interpolation", "resampled"]
@@ -14,10 +14,10 @@ from einops import einsum, rearrange, repeat
 from .arrays import Array, Arrays, LazyArray
 from .config import Size, as_size
 from .errors import CheckpointError
-from .layouts import GOOGLE
-from .mapping import Sizes, shapes, sizes_of
+from .layouts import BIAS, GOOGLE, WEIGHT
+from .mapping import Sizes, shapes, sizes_of, slots
 
-Operations = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # by what follows the block in a name
+Operations = Mapping[tuple[str, int], Callable[[np.ndarray], np.ndarray]]  # by module and leaf
 
 
 def expanded(canonical: Arrays, *, old_grid: Size, factor: int) -> dict[str, Array]:
@@ -38,10 +38,10 @@ def expanded(canonical: Arrays, *, old_grid: Size, factor: int) -> dict[str, Arr
     own = part[:, None] == np.arange(factor**2)
 
     operations: Operations = {
-        "token_mixing/Dense_0/kernel": lambda w: rearrange(np.where(own[:, :, None], w[inner, None, :], 0), "n p d -> n (p d)"),
-        "token_mixing/Dense_0/bias": lambda b: repeat(b, "d -> (p d)", p=factor**2),
-        "token_mixing/Dense_1/kernel": lambda w: rearrange(np.where(own.T[:, None, :], w[:, inner], 0), "p d n -> (p d) n"),
-        "token_mixing/Dense_1/bias": lambda b: b[inner],
+        ("token_mixing/dense_0", WEIGHT): lambda w: rearrange(np.where(own[:, :, None], w[inner, None], 0), "n p d -> n (p d)"),
+        ("token_mixing/dense_0", BIAS): lambda b: repeat(b, "d -> (p d)", p=factor**2),
+        ("token_mixing/dense_1", WEIGHT): lambda w: rearrange(np.where(own.T[:, None], w[:, inner], 0), "p d n -> (p d) n"),
+        ("token_mixing/dense_1", BIAS): lambda b: b[inner],
     }
     new = {"num_tokens": len(inner), "tokens_mlp_dim": factor**2 * sizes["tokens_mlp_dim"]}
     return _changed(canonical, sizes | new, operations)
@@ -50,14 +50,13 @@ def expanded(canonical: Arrays, *, old_grid: Size, factor: int) -> dict[str, Arr
 def resampled(canonical: Arrays, *, old_grid: Size, new_grid: Size) -> dict[str, Array]:
     """For any other grid, approximately: each token-mixing MLP works on the old grid, between two resamplings.
 
-    New MLP(x) = to_new(old MLP(to_old(x))), both linear maps multiplied into the kernels: the filters are resampled as
-    images over the grid, Dense_0's so that they keep their sums, Dense_1's and its bias so that they keep their values.
-    D_S stays. Tokens that are all the same give the hidden units that they gave before; on a grid no smaller either way,
-    tokens up-scaled by `interpolation` give the old output up-scaled, and resampling back gives the weights back. The whole
-    model is approximate: LayerNorm and the channel-mixing MLP do not commute with interpolation, nor does the stem.
+    New MLP(x) = to_new(old MLP(to_old(x))), both linear maps multiplied into the kernels: the filters of dense_0 keep their
+    sums, those of dense_1 and its bias their values. D_S stays. Tokens that are all the same give the hidden units that they
+    gave before; on a grid no smaller either way, tokens up-scaled by `interpolation` give the old output up-scaled, and
+    resampling back gives the weights back. The whole model is approximate, since no other layer commutes with interpolation.
 
-    Sums are in float64, rounded to the arrays' dtype; the same grid gives the same arrays. Not the paper's rule, which is
-    `expanded`. Raises ValueError for what is no grid, CheckpointError where the old one does not fit the number of tokens.
+    Sums are in float64, rounded to the arrays' dtype; the same grid gives the same arrays. Raises ValueError for what is no
+    grid, CheckpointError where the old one does not fit the number of tokens.
     """
     new = as_size(new_grid, "new_grid")
     old, sizes = _grid_and_sizes(canonical, old_grid)
@@ -67,9 +66,9 @@ def resampled(canonical: Arrays, *, old_grid: Size, new_grid: Size) -> dict[str,
     to_old_transposed = [interpolation(b, a).T for a, b in zip(old, new)]
 
     operations: Operations = {
-        "token_mixing/Dense_0/kernel": lambda w: rearrange(_over_grid(w.T, *to_old_transposed), "d n -> n d"),
-        "token_mixing/Dense_1/kernel": lambda w: _over_grid(w, *to_new),
-        "token_mixing/Dense_1/bias": lambda b: _over_grid(b, *to_new),
+        ("token_mixing/dense_0", WEIGHT): lambda w: rearrange(_over_grid(w.T, *to_old_transposed), "d n -> n d"),
+        ("token_mixing/dense_1", WEIGHT): lambda w: _over_grid(w, *to_new),
+        ("token_mixing/dense_1", BIAS): lambda b: _over_grid(b, *to_new),
     }
     return _changed(canonical, sizes | {"num_tokens": new[0] * new[1]}, operations)
 
@@ -78,7 +77,7 @@ def interpolation(old: int, new: int) -> np.ndarray:
     """The (new, old) float64 matrix that resamples a line of `old` cells to `new`; its rows sum to one.
 
     To more cells: cubic convolution between their centres (Keys 1981, a = -1/2), the weights within the line scaled up at
-    its ends. To fewer: the pseudo-inverse of the way back, so the line whose up-scaling is nearest. For Dense_0 on a larger
+    its ends. To fewer: the pseudo-inverse of the way back, so the line whose up-scaling is nearest. For dense_0 on a larger
     grid that is how FlexiViT (Beyer et al. 2023) resizes a patch embedding.
     """
     if new < old:
@@ -106,10 +105,10 @@ def _grid_and_sizes(canonical: Arrays, old_grid: Size) -> tuple[Size, Sizes]:
 
 def _changed(canonical: Arrays, sizes: Sizes, operations: Operations) -> dict[str, Array]:
     """The arrays, those with an operation changed when they are read to what a model of these sizes has."""
-    new_shapes = shapes(GOOGLE, sizes)
+    new_shapes, places = shapes(GOOGLE, sizes), slots(GOOGLE, sizes)
 
     def array(name: str, old: Array) -> Array:
-        operation = operations.get(name.partition("/")[2])
+        operation = operations.get((places[name].module, places[name].leaf))
         if operation is None:
             return old
 

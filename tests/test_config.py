@@ -1,4 +1,7 @@
+"""The sizes of a Mixer: parameters, cost, variants, and what is refused."""
+
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -23,23 +26,20 @@ every_variant = pytest.mark.parametrize(("name", "classes", "count"), [(*key, co
 
 
 @every_variant
-def test_parameters_of_the_config(name, classes, count):
-    assert MixerConfig.named(name, num_classes=classes).num_parameters == count
-
-
-@every_variant
-def test_parameters_of_the_flax_model(name, classes, count):
+def test_parameters_of_the_config_and_of_the_flax_model(name, classes, count):
     from flax import nnx
 
     from mixer_jax import MlpMixer
 
-    model = nnx.eval_shape(lambda: MlpMixer(MixerConfig.named(name, num_classes=classes), rngs=nnx.Rngs(0)))
+    config = MixerConfig.named(name, num_classes=classes)
+    assert config.num_parameters == count
+    model = nnx.eval_shape(lambda: MlpMixer(config, rngs=nnx.Rngs(0)))
     assert sum(param.size for _, param in nnx.to_flat_state(nnx.state(model, nnx.Param))) == count
 
 
 @every_variant
 @pytest.mark.torch
-def test_parameters_of_the_twin(name, classes, count):
+def test_parameters_of_the_pytorch_model(name, classes, count):
     import torch
 
     from mixer_jax.torch_model import MlpMixer
@@ -49,23 +49,22 @@ def test_parameters_of_the_twin(name, classes, count):
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
-def test_forward_flops_are_those_of_the_products():
+def test_forward_flops_are_those_of_the_matmuls():
     assert MixerConfig.named("B/16").forward_flops == pytest.approx(2 * 12.6e9, rel=1e-3)  # 12.6 G multiply-adds
     stem, head = 2 * 20 * (2 * 3 * 3) * 7, 2 * 7 * 5
     block = 2 * 7 * (2 * 20 * 11) + 2 * 20 * (2 * 7 * 13)
     assert TINY.forward_flops == stem + 3 * block + head
 
 
-@pytest.mark.parametrize("letter", VARIANTS)
-@pytest.mark.parametrize("patch", [4, 7, 8, 16, 32])
-def test_every_letter_takes_any_patch(letter, patch):
-    config = MixerConfig.named(f"{letter}/{patch}", num_classes=3, image_size=(224, 448))
-    assert config.variant == f"{letter}/{patch}"
-    assert config.grid == (224 // patch, 448 // patch)
-    assert config.num_classes == 3
+def test_every_letter_takes_any_patch():
+    for letter, patch in itertools.product(VARIANTS, [4, 7, 8, 16, 32]):
+        config = MixerConfig.named(f"{letter}/{patch}", num_classes=3, image_size=(224, 448))
+        assert config.variant == f"{letter}/{patch}"
+        assert config.grid == (224 // patch, 448 // patch)
+        assert config.num_classes == 3
 
 
-def test_no_variant_is_claimed_for_other_sizes():
+def test_other_sizes_have_no_variant():
     b16 = MixerConfig.named("B/16")
     assert b16.replace(num_blocks=11).variant is None
     assert b16.replace(patch_size=(16, 8)).variant is None
@@ -119,7 +118,7 @@ def test_a_checkpoint_takes_counts_of_numpy(golden):
     assert weights.with_image_size(np.array(golden.config.image_size)).config == golden.config
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_listed_at_once():
     with pytest.raises(ValueError, match=r"num_blocks.*; .*gelu"):
         TINY.replace(num_blocks=0, gelu="none")
 
@@ -134,5 +133,5 @@ def test_sizes_are_read_off_the_arrays(golden):
     checkpoint = Checkpoint.from_arrays(golden.weights)
     assert checkpoint.with_image_size(golden.config.image_size).config == golden.config
     if golden.config.grid[0] != golden.config.grid[1]:
-        with pytest.raises(CheckpointError, match=r"tokens of \dx\d pixels are no square grid: say image_size"):
+        with pytest.raises(CheckpointError, match=r"tokens of \dx\d pixels are not a square grid: give the image size"):
             _ = checkpoint.config

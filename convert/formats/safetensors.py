@@ -1,24 +1,24 @@
 """safetensors: eight bytes of header length, a JSON header, the arrays' bytes back to back.
 
 Written here rather than with the library of that name because that one wants every array in memory before it writes the
-first; tests hold both against each other. In `__metadata__` are our metadata, as JSON under "mixer_jax", and the CRC-32 of each
-array under "checksums", since the format has none of its own. In a file of another writer all of them are somebody else's.
+first; tests compare the two. `__metadata__` has our metadata, as JSON under "mixer_jax", and the CRC-32 of each array under
+"checksums", since the format has none of its own. The metadata of other writers is ignored.
 """
 
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, LazyArray, in_pieces, parts
+from ..arrays import Arrays, as_bytes, contiguous_parts
+from ..byte_ranges import ByteRange, OpenFile, lazy_array
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
-from ..files import OpenFile, Span
-from . import OURS, SIGNED, Content, is_ours
+from . import OUR_KEY, SIGNATURE, Content, is_ours
 
 DTYPES = {"BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "C64": "complex64", "BOOL": "bool"}
 DTYPES |= {f"F{bits}": f"float{bits}" for bits in (16, 32, 64)}
@@ -33,13 +33,12 @@ def read(path: Path) -> Content:
         raise CheckpointError(f"truncated or damaged: a header of {length} bytes in a file of {file.size}")
     try:
         header = json.loads(file.read(8, length).tobytes(), object_pairs_hook=_no_name_twice)
-        said = header.pop("__metadata__", {})
+        entries = header.pop("__metadata__", {})
         arrays = {name: _entry(**entry) for name, entry in header.items()}
-        ours = is_ours(said)
-        metadata = json.loads(said[OURS]) if ours else None
-        fingerprint = said["fingerprint"] if ours else None
-        written = json.loads(said["checksums"]) if ours else {}
-        checksums = {name: int(written[name], 16) if ours else None for name in arrays}
+        ours = is_ours(entries)
+        metadata = json.loads(entries[OUR_KEY]) if ours else None
+        stored = json.loads(entries["checksums"]) if ours else {}
+        checksums = {name: int(stored[name], 16) if ours else None for name in arrays}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"a damaged safetensors header ({type(error).__name__}: {error})") from None
 
@@ -48,41 +47,36 @@ def read(path: Path) -> Content:
         dtype = as_dtype(dtype_name)
         if begin != reached or end - begin != int(np.prod(shape, dtype=object)) * dtype.itemsize:
             raise CheckpointError(f"a damaged safetensors header: {name} has shape {shape} in bytes {begin} to {end}")
-        span = Span(file, 8 + length + begin, end - begin, checksums[name])
-        reached, lazy[name] = end, _lazy(name, span, shape, dtype)
+        values = ByteRange(file, 8 + length + begin, end - begin, checksums[name])
+        reached, lazy[name] = end, lazy_array(name, values, 0, shape, dtype)
     if 8 + length + reached != file.size:
         raise CheckpointError(f"truncated or damaged: {8 + length + reached} bytes announced, the file has {file.size}")
-    return Content({name: lazy[name] for name in arrays}, metadata, fingerprint=fingerprint or None, verified=ours)
+    return Content({name: lazy[name] for name in arrays}, metadata, verified=ours)
 
 
-def write(
-    path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None, fingerprint: Callable[[], str] = lambda: ""
-) -> None:
-    """`fingerprint` is asked before the arrays are read and again after, for as many letters."""
-    said = {"format": "pt"} if any("." in name for name in arrays) else {}  # what PyTorch's own loaders ask for
-    said |= {OURS: json.dumps(metadata or {})}
+def write(path: Path, arrays: Arrays, metadata: Mapping[str, Any]) -> None:
+    entries = {"format": "pt"} if any("." in name for name in arrays) else {}  # which PyTorch's own loaders require
+    entries |= {OUR_KEY: json.dumps(metadata)} | SIGNATURE
     checksums = dict.fromkeys(arrays, 0)
-    header: dict[str, Any] = {"__metadata__": said}
+    header: dict[str, Any] = {"__metadata__": entries}
     codes, reached = {name: code for code, name in DTYPES.items()}, 0
     for name, array in arrays.items():
         end = reached + int(np.prod(array.shape)) * array.dtype.itemsize
         header[name] = {"dtype": codes[array.dtype.name], "shape": list(array.shape), "data_offsets": [reached, end]}
         reached = end
 
-    def front() -> bytes:  # as long before the checksums are known as after
-        known = json.dumps({name: f"{crc:08x}" for name, crc in checksums.items()})
-        header["__metadata__"] |= {"checksums": known, "fingerprint": fingerprint()} | SIGNED
+    def front() -> bytes:  # called twice; its length must not depend on the checksums, since it is rewritten in place
+        entries["checksums"] = json.dumps({name: f"{crc:08x}" for name, crc in checksums.items()})
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the arrays start aligned
         return struct.pack("<Q", len(text)) + text
 
     with open(path, "wb") as file:
         file.write(front())
-        for name, _, values in parts(arrays):
-            for piece in in_pieces(values):
-                checksums[name] = zlib.crc32(piece, checksums[name])
-                file.write(piece)
-            del values
+        for name, array in arrays.items():
+            for values in contiguous_parts(array):
+                checksums[name] = zlib.crc32(as_bytes(values), checksums[name])
+                file.write(as_bytes(values))
         file.seek(0)
         file.write(front())
 
@@ -92,25 +86,6 @@ def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[str, 
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"shape {shape} in bytes {data_offsets}")
     return DTYPES[dtype], tuple(shape), begin, end
-
-
-def _lazy(name: str, span: Span, shape: tuple[int, ...], dtype: np.dtype) -> LazyArray:
-    def read(index: int | None) -> np.ndarray:
-        try:
-            if index is None:
-                return span.all().view(dtype).reshape(shape)
-            item = span.size // shape[0]
-            return span.part(range(shape[0])[index] * item, item).view(dtype).reshape(shape[1:])
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from None
-
-    def pieces() -> Iterator[np.ndarray]:
-        try:
-            yield from span.pieces()
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from None
-
-    return LazyArray(shape, dtype, read, pieces=pieces)
 
 
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """An Orbax folder: the item `params`, a tree whose paths are the names split at "/", and the JSON item `metadata`.
 
-In that are our metadata, under "mixer_jax", and the CRC-32 of each array under "checksums", since Orbax checks none.
+The latter has our metadata under "mixer_jax", and the CRC-32 of each array under "checksums", since Orbax has none.
 """
 
 import contextlib
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, as_bytes, contiguous
+from ..arrays import Arrays, as_bytes, contiguous
 from ..errors import CheckpointError
-from ..wrappers import flattened
-from . import OURS, SIGNED, Content, is_ours
+from ..prefixes import flattened, nested
+from . import OUR_KEY, SIGNATURE, Content, is_ours
 
 try:
     import orbax.checkpoint as ocp
@@ -35,27 +35,19 @@ def read(path: Path) -> Content:
             restored = checkpointer.restore(path, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise whatever was underneath
         raise CheckpointError(f"Orbax cannot restore it: {_reason(error)}") from None
-    found, others = flattened(restored["params"])
-    arrays = {name: np.asarray(array) for name, array in found.items()}
-    said = restored.get("metadata")
-    if is_ours(said):
-        return Content(arrays, _checked(said, arrays), others, verified=True)
-    unsigned = isinstance(said, Mapping) and said.keys() >= {"crc32", "gelu"}  # ours from before there were checksums
-    return Content(arrays, said if unsigned else None, others)
+    lazy, others = flattened(restored["params"])
+    arrays = {name: np.asarray(array) for name, array in lazy.items()}
+    entries = restored.get("metadata")
+    if is_ours(entries):
+        return Content(arrays, _verified(entries, arrays), others, verified=True)
+    return Content(arrays, None, others)
 
 
-def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] | None) -> None:
-    tree: dict[str, Any] = {}
-    checksums = {}
-    for name, array in arrays.items():
-        *folders, leaf = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = np.asarray(array)
-        checksums[name] = _checksum(node[leaf])
-    said = {OURS: dict(metadata or {}), "checksums": checksums} | SIGNED
-    items = ocp.args.Composite(params=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(said))
+def write(path: Path, arrays: Arrays, metadata: Mapping[str, Any]) -> None:
+    values = {name: np.asarray(array) for name, array in arrays.items()}
+    checksums = {name: _checksum(array) for name, array in values.items()}
+    entries = {OUR_KEY: dict(metadata), "checksums": checksums} | SIGNATURE
+    items = ocp.args.Composite(params=ocp.args.StandardSave(nested(values)), metadata=ocp.args.JsonSave(entries))
     try:
         with _checkpointer() as checkpointer:
             checkpointer.save(path.absolute(), args=items)
@@ -63,10 +55,10 @@ def write(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, Any] |
         raise CheckpointError(f"Orbax cannot write it: {_reason(error)}") from None
 
 
-def _checked(said: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+def _verified(entries: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
     """Our metadata. Raises CheckpointError unless the arrays are the ones that were written with it."""
     try:
-        metadata, checksums = said[OURS], dict(said["checksums"])
+        metadata, checksums = entries[OUR_KEY], dict(entries["checksums"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"a damaged item 'metadata' ({type(error).__name__}: {error})") from None
     wrong = [name for name in arrays.keys() | checksums.keys() if name not in arrays or name not in checksums]
@@ -82,7 +74,7 @@ def _checksum(array: np.ndarray) -> str:
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[ocp.Checkpointer]:
-    """A Checkpointer that says what is wrong by its exception, and not in the log besides."""
+    """A Checkpointer that reports errors by exceptions alone, not in the log as well."""
     log = logging.getLogger("absl")
     before, log.disabled = log.disabled, True
     try:

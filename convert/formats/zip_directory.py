@@ -1,23 +1,22 @@
-"""The directory of a zip, held against the rest of the file: zipfile and torch believe whatever it lists.
+"""Checks the directory of a zip against the rest of the file; zipfile and torch trust whatever it lists.
 
-One flipped bit in a length makes the entries behind it vanish. Here each byte of the file belongs to a member, to the
-directory or to the end record, and all of them agree on how many there are.
+One flipped bit in a length hides the entries behind it. So every byte of the file must belong to a member, to the directory
+or to the end record, and all must agree on the number of members.
 """
 
 import struct
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from ..byte_ranges import OpenFile
 from ..errors import CheckpointError
-from ..files import OpenFile
 
 LOCAL, DIRECTORY, END, DESCRIPTOR = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x07\x08"
 END64, LOCATOR = b"PK\x06\x06", b"PK\x06\x07"
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """An entry of the directory, and where in the file its bytes begin."""
 
     info: zipfile.ZipInfo
@@ -61,19 +60,12 @@ def _end_record(file: OpenFile, comment: int) -> tuple[int, int, int]:
         raise CheckpointError("truncated, or with something after its end: fetch or write it again")
     locator, where, total = struct.unpack("<4s4xQL", file.read(at - 20, 20).tobytes()) if at >= 20 else (b"", 0, 0)
     if locator == LOCATOR:
-        mark, length, disk64, disks64, here64, entries64, size64, start64 = struct.unpack(
-            "<4sQ4x2L4Q", file.read(where, 56).tobytes()
-        )
-        narrow = [(disk, disk64, 16), (disks, disks64, 16), (here, here64, 16), (entries, entries64, 16)]
-        narrow += [(size, size64, 32), (start, start64, 32)]
-        if (
-            mark != END64
-            or where + 12 + length != at - 20
-            or total > 1
-            or any(value not in (value64, (1 << bits) - 1) for value, value64, bits in narrow)
-        ):
+        mark, length, *wide = struct.unpack("<4sQ4x2L4Q", file.read(where, 56).tobytes())
+        fields = zip((disk, disks, here, entries, size, start), wide, (16, 16, 16, 16, 32, 32))
+        differ = any(value not in (value64, (1 << bits) - 1) for value, value64, bits in fields)
+        if mark != END64 or where + 12 + length != at - 20 or total > 1 or differ:
             raise CheckpointError("damaged: the zip's two end records do not agree: fetch or write it again")
-        disk, disks, here, entries, size, start, at = disk64, disks64, here64, entries64, size64, start64, where
+        disk, disks, here, entries, size, start, at = *wide, where
     if disk or disks or here != entries:
         raise CheckpointError("damaged, or a zip of several parts: fetch or write it again")
     if start + size != at:
@@ -106,19 +98,19 @@ def _descriptor(file: OpenFile, info: zipfile.ZipInfo, at: int) -> int:
     """The size of the descriptor that a writer which cannot go back puts behind a member's bytes: its CRC-32 and sizes."""
     if not info.flag_bits & 8:
         return 0
-    found = file.read(at, min(24, file.size - at)).tobytes()
+    following = file.read(at, min(24, file.size - at)).tobytes()
     for mark in (DESCRIPTOR, b""):
         for sizes in ("LL", "QQ"):
             try:
                 wanted = mark + struct.pack(f"<L{sizes}", info.CRC, info.compress_size, info.file_size)
             except struct.error:  # a size that needs 64 bits
                 continue
-            if found.startswith(wanted):
+            if following.startswith(wanted):
                 return len(wanted)
     raise CheckpointError(f"{info.filename}: what follows its bytes does not repeat their CRC-32 and size: damaged")
 
 
-def _gap(what: str, found: int, wanted: int) -> CheckpointError:
+def _gap(what: str, actual: int, expected: int) -> CheckpointError:
     return CheckpointError(
-        f"damaged: {what} is at byte {found} of the zip, what is before it ends at {wanted}: fetch or write the file again"
+        f"damaged: {what} is at byte {actual} of the zip, what is before it ends at {expected}: fetch or write the file again"
     )

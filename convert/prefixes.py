@@ -1,4 +1,4 @@
-"""What people wrap weights in: nested dictionaries, `params/`, `module.`, an optimiser or an average beside them."""
+"""Weights inside larger trees: nested dictionaries, prefixes such as `params/`, an optimiser or EMA weights beside them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,14 +8,15 @@ import numpy as np
 from .arrays import Array, Arrays
 from .errors import CheckpointError
 from .mapping import is_block_name
+from .tensors import from_torch, is_tensor
 
-# Trees that an optimiser keeps in the shape of the weights. `opt/target/` is big_vision's name for the weights themselves.
+# Optimisers keep trees with the names of the weights. `opt/target/` is big_vision's name for the weights themselves.
 NOT_WEIGHTS = ("opt/", "opt_state/", "optimizer/", "optimizer_state/")
 WEIGHTS = ("opt/target/",)
 
 
 def flattened(tree: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, Array], list[str]]:
-    """The arrays of a nested dictionary by path, "a/b", and the paths of what is no array. NumPy, JAX or torch arrays."""
+    """The NumPy, JAX and torch arrays of a nested dictionary by path, "a/b", and the paths of all other entries."""
     arrays: dict[str, Array] = {}
     others: list[str] = []
     for key, value in tree.items():
@@ -24,9 +25,7 @@ def flattened(tree: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, Arra
             inner, inner_others = flattened(value, f"{name}/")
             arrays |= inner
             others += inner_others
-        elif type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
-            from .containers.pt import from_torch
-
+        elif is_tensor(value):
             arrays[name] = from_torch(value)
         elif hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype):  # JAX's keys have their own
             arrays[name] = value
@@ -35,23 +34,35 @@ def flattened(tree: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, Arra
     return arrays, others
 
 
+def nested(arrays: Arrays) -> dict[str, Any]:
+    """The values as a nested dictionary: the path "a/b" becomes tree["a"]["b"]."""
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *folders, leaf = name.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = np.asarray(array)
+    return tree
+
+
 def carried(tree: Mapping[Any, Any], key: str | None = None, path: str = "") -> Any:
-    """The metadata that a state_dict of ours carries, itself or inside a dictionary, there under `key`; else None."""
+    """The metadata of a state_dict of ours: of this one, or of one nested in it (under `key`, if given); else None."""
     own = (getattr(tree, "_metadata", None) or {}).get("mixer_jax")
     if own is not None and key in (None, path):
         return own
     inner = [carried(value, key, f"{path}/{name}".lstrip("/")) for name, value in tree.items() if isinstance(value, Mapping)]
-    return next((found for found in inner if found is not None), None)
+    return next((metadata for metadata in inner if metadata is not None), None)
 
 
 def unwrapped(arrays: Arrays, key: str | None = None) -> tuple[dict[str, Array], list[str]]:
-    """The weights alone, and what to tell about it. Raises CheckpointError where there are several and no `key` says which."""
-    found = sorted({prefix for name in arrays if (prefix := _wrapper(name)) is not None})
-    weights = [prefix for prefix in found if not prefix.startswith(NOT_WEIGHTS) or prefix.startswith(WEIGHTS)]
+    """The weights without their prefix, and notes for the user. Raises CheckpointError for several sets without `key`."""
+    prefixes = sorted({prefix for name in arrays if (prefix := _prefix(name)) is not None})
+    weights = [prefix for prefix in prefixes if not prefix.startswith(NOT_WEIGHTS) or prefix.startswith(WEIGHTS)]
     if key is not None:
-        weights = [prefix for prefix in found if prefix.rstrip("/.") == key]
+        weights = [prefix for prefix in prefixes if prefix.rstrip("/.") == key]
         if not weights:
-            raise CheckpointError(f"no weights under the key {key!r}: found {_keys(found) or 'none under any'}")
+            raise CheckpointError(f"no weights under the key {key!r}: found {_keys(prefixes) or 'none under any'}")
     if len(weights) > 1:
         raise CheckpointError(f"several sets of weights, {_keys(weights)}: say which with --key or key=")
     if weights in ([], [""]) and key is None:
@@ -65,8 +76,8 @@ def unwrapped(arrays: Arrays, key: str | None = None) -> tuple[dict[str, Array],
     return inside, notes
 
 
-def _wrapper(name: str) -> str | None:
-    """What stands before the name of a block's array in any layout; None if there is no such name in it."""
+def _prefix(name: str) -> str | None:
+    """What precedes the name of a block's array in any layout; None if `name` does not end in one."""
     starts = [0, *(i + 1 for i, letter in enumerate(name) if letter in "/.")]
     return next((name[:start] for start in starts if is_block_name(name[start:])), None)
 

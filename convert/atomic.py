@@ -1,0 +1,155 @@
+"""Files and folders that appear complete or not at all."""
+
+__all__ = ["atomic_write", "check_writable"]
+
+import contextlib
+import glob
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .errors import CheckpointError
+from .formats import is_orbax
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], *, size: int, folder: bool = False, force: bool = False) -> Iterator[Path]:
+    """A path to write a file to, or with `folder` a folder. It becomes `path` at the end of the block, or vanishes.
+
+    Refused at once if the disk has no room for `size` bytes. Where the system allows it, the file has no name until it is
+    complete, so that even a killed process leaves nothing; otherwise, and for folders, the next writer removes what killed
+    processes left beside `path`. The content has reached the disk before the last step, one link or rename. Without `force`
+    an existing `path` is an error, also if it appears meanwhile. With `force` a file replaces a file, and a folder replaces
+    another Orbax checkpoint, never any other folder.
+    """
+    path = Path(path)
+    _remove_abandoned(path)
+    check_writable(path, force=force)
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise CheckpointError(f"{path}: needs {size / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left")
+    with contextlib.ExitStack() as stack:
+        unnamed = None if folder else stack.enter_context(_unnamed_file(path.parent))
+        new = unnamed or stack.enter_context(_temporary_folder(path)) / "new"
+        yield new
+        _sync_all(new)
+        check_writable(path, force=force)
+        if unnamed and path.exists():  # only a rename replaces, and a rename needs a name
+            new = stack.enter_context(_temporary_folder(path)) / "new"
+            _link(unnamed, new)
+        if folder and path.is_dir():
+            path.rename(new.parent / "replaced")
+        if new == unnamed or not (folder or force):
+            _link_as_new(new, path)
+        else:
+            new.replace(path)
+        _sync(path.parent)
+
+
+def check_writable(path: Path, *, force: bool) -> None:
+    """Raise CheckpointError if `path` must not be written."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        replaceable = is_orbax(path) and path.suffix in ("", ".orbax")
+        if not (force and replaceable):
+            remedy = " (replace it with --force or force=True)" if replaceable else "; give a name that is free"
+            raise CheckpointError(f"{path}: a folder is in the way{remedy}")
+    elif path.exists() and not force:
+        raise CheckpointError(f"{path}: exists already (replace it with --force or force=True)")
+
+
+@contextlib.contextmanager
+def _unnamed_file(folder: Path) -> Iterator[Path | None]:
+    """A file in this folder that vanishes with the process unless it is linked. None if the system cannot do that."""
+    handle = None
+    with contextlib.suppress(AttributeError, OSError):  # another system than Linux, or a file system without it
+        handle = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+    try:
+        path = Path(f"/proc/self/fd/{handle}")
+        yield path if path.exists() else None
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, removed at the end. While its writer lives, the lock in it is held."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        lock = FileLock(folder / "lock")
+        lock.acquire()
+        if (folder / "lock").exists():  # else another writer took it for abandoned before it was locked
+            break
+        lock.release()
+    try:
+        yield folder
+    except BaseException:
+        _remove(folder, settle=0.25)
+        raise
+    finally:
+        lock.release()
+        _remove(folder)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary folders of `path` whose writer is dead. A folder that one was replacing is put back."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.tmp"):
+        # Timeout: its writer lives.
+        with contextlib.suppress(OSError, Timeout), FileLock(left / "lock", timeout=0):
+            if (left / "replaced").exists() and not path.exists():
+                (left / "replaced").rename(path)
+            _remove(left)
+
+
+def _remove(folder: Path, *, settle: float = 0.0) -> None:
+    """Remove a folder for good: for some moments, the threads of Orbax's failed writer create it again."""
+    until = time.monotonic() + settle
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists() and time.monotonic() >= until:
+            return
+        time.sleep(0.05)
+
+
+def _link_as_new(new: Path, path: Path) -> None:
+    try:
+        _link(new, path)  # unlike a rename, fails if another writer was faster
+    except FileExistsError:
+        raise CheckpointError(f"{path}: appeared while it was being written; the other one is kept") from None
+    except OSError:  # a file system without hard links
+        new.rename(path)
+
+
+def _link(new: Path, path: Path) -> None:
+    """Give a file a name. Python follows the link in /proc of an unnamed file only with the handle of a folder."""
+    if os.link not in os.supports_dir_fd:
+        os.link(new, path)
+        return
+    parent = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.link(new, path.name, dst_dir_fd=parent, follow_symlinks=True)
+    finally:
+        os.close(parent)
+
+
+def _sync_all(path: Path) -> None:
+    """Have a file, or a folder with all that is in it, reach the disk."""
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        _sync(file)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
