@@ -1,9 +1,9 @@
-"""Parity of synthetic models on this CPU, and what other devices are expected to give: the tables of the README.
+"""Parity of synthetic models on this CPU, and what other devices are expected to give: tables of the documentation.
 
-    python benchmarks/parity.py [--variants B/16 L/16] [--draws 4]
+    python benchmarks/parity.py [--variants B/16 L/16] [--draws 8]
 
-Measured: one image of noise through Flax and the PyTorch twin, in every dtype that a CPU has. Predicted: the referee with
-operands and results rounded as a device's units do; nothing is run on any of them.
+Measured: one image of noise through the Flax and the PyTorch model, in every dtype that a CPU has. Predicted: the NumPy model
+with operands and results rounded as a device's matmul units do; nothing is run on any of them.
 """
 
 import argparse
@@ -14,10 +14,10 @@ import numpy as np
 from devices import synthetic
 
 from convert import MixerConfig
-from mixer_jax.explain import predictions
-from mixer_jax.parity import compare
-from mixer_jax.parity_command import noise
-from mixer_jax.sides import Side
+from mixer_jax.parity.comparison import compare, noise
+from mixer_jax.parity.implementations import Implementation
+from mixer_jax.parity.predicted_devices import predict_devices
+from mixer_jax.parity.tolerance import Deviation, Simulation
 
 RESULTS = Path(__file__).resolve().parent / "results" / "parity.json"
 DTYPES = ("float64", "float32", "bfloat16")
@@ -28,58 +28,42 @@ def measured(variant: str, draws: int) -> list[dict]:
     weights, images = synthetic(config), noise(config, 1, 0)
     rows = []
     for dtype in DTYPES:
-        report = compare(weights, images, Side("flax", dtype=dtype), Side("torch", dtype=dtype), draws=draws)
-        scale, limit = report.logits.scale, report.logits_budget
-        rows.append(
-            {
-                "variant": variant,
-                "dtype": dtype,
-                "largest": report.logits.largest / scale,
-                "rms": report.logits.rms / scale,
-                "budget": limit.relative,
-                "share": report.share,
-                "worst_operation": max(max(operation.share) for operation in report.operations),
-                "passed": report.passed,
-            }
-        )
+        flax, torch = (Implementation(name, dtype=dtype) for name in ("flax", "torch"))
+        comparison = compare(weights, images, flax, torch, simulation=Simulation(draws))
+        row = {"variant": variant, "dtype": dtype, **relative(comparison.logits)}
+        row |= {"tolerance": comparison.logits_tolerance.relative, "fraction": comparison.fraction}
+        row["worst_operation"] = max(max(operation.fraction) for operation in comparison.operations)
+        rows.append(row | {"passed": comparison.passed})
         print(rows[-1], flush=True)
     return rows
 
 
+def relative(error: Deviation) -> dict[str, float]:
+    return {"max_abs": error.max_abs / error.scale, "rms": error.rms / error.scale}
+
+
 def predicted(variant: str, draws: int) -> list[dict]:
-    config = MixerConfig.named(variant)
-    rows = []
-    for each in predictions(synthetic(config), noise(config, 1, 0), draws=draws):
-        scale = each.logits.scale
-        rows.append(
-            {
-                "variant": variant,
-                "devices": each.devices,
-                "setting": each.setting,
-                "largest": each.logits.largest / scale,
-                "rms": each.logits.rms / scale,
-                "same_class": each.same_class,
-            }
-        )
-    print(*rows, sep="\n", flush=True)
+    config, rows = MixerConfig.named(variant), []
+    for prediction in predict_devices(synthetic(config), noise(config, 1, 0), Simulation(draws)):
+        row = {"variant": variant, "devices": prediction.devices, "setting": prediction.setting}
+        rows.append(row | relative(prediction.logits) | {"same_class": prediction.same_class})
+        print(rows[-1], flush=True)
     return rows
 
 
 def tables(results: dict) -> str:
-    """The tables of the README."""
-    lines = ["| model | computed in | Flax from the twin, of the largest logit | budget | used | worst operation's use |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    """What was measured and what is predicted, as two tables in Markdown. Differences are those of the logits."""
+    head = "model | computed in | difference, relative to max abs | tolerance | fraction of the tolerance | worst operation"
+    lines = [f"| {head} |", "| --- | --- | --- | --- | --- | --- |"]
     for row in results["measured"]:
-        found, budget = f"{row['largest']:.1e}", f"{row['budget']:.1e}"
-        lines.append(
-            f"| {row['variant']} | {row['dtype']} | {found} | {budget} | {row['share']:.0%} | {row['worst_operation']:.0%} |"
-        )
+        figures = f"{row['max_abs']:.1e} | {row['tolerance']:.1e} | {row['fraction']:.0%} | {row['worst_operation']:.0%}"
+        lines.append(f"| {row['variant']} | {row['dtype']} | {figures} |")
     variants = list(dict.fromkeys(row["variant"] for row in results["predicted"]))
     lines += ["", "| devices | computed in | " + " | ".join(f"{variant}, predicted" for variant in variants) + " |"]
     lines += ["| --- | --- |" + " --- |" * len(variants)]
-    found = {(row["devices"], row["setting"], row["variant"]): row for row in results["predicted"]}
+    predictions = {(row["devices"], row["setting"], row["variant"]): row for row in results["predicted"]}
     for devices, setting in dict.fromkeys((row["devices"], row["setting"]) for row in results["predicted"]):
-        errors = [f"{found[devices, setting, variant]['largest']:.1e}" for variant in variants]
+        errors = [f"{predictions[devices, setting, variant]['max_abs']:.1e}" for variant in variants]
         lines.append(f"| {devices} | {setting} | " + " | ".join(errors) + " |")
     return "\n".join(lines)
 

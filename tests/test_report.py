@@ -1,6 +1,5 @@
-"""What parity found, in its three forms, and the command as a person runs it."""
+"""The parity report in its three forms, and the command as a person runs it."""
 
-import contextlib
 import io
 import json
 import os
@@ -11,20 +10,25 @@ from dataclasses import asdict, replace
 from xml.etree import ElementTree
 
 import colours
+import faults
 import numpy as np
 import pytest
 from conftest import GOLDENS, TINY, random_images, random_weights
+from implementations import checkpoint
 from PIL import Image
-from sides import checkpoint
 
 import convert
-from mixer_jax import parity_command
 from mixer_jax.__main__ import main
-from mixer_jax.parity import Side, compare
-from mixer_jax.report import Findings, as_dict, as_html, as_html_of_many, as_text, verdict
+from mixer_jax.commands.parity import parity
+from mixer_jax.parity import report as report_module
+from mixer_jax.parity.comparison import compare
+from mixer_jax.parity.exactness import Exactness
+from mixer_jax.parity.html import HEIGHT, WIDTH, as_html, as_html_of_many
+from mixer_jax.parity.implementations import Implementation
+from mixer_jax.parity.report import ParityReport, as_dict, as_text, parity_report, verdict
 
 SQUARE = GOLDENS["square"].weights_file
-REFEREE, FLAX = Side.parsed("referee"), Side("flax")
+NUMPY, FLAX = Implementation.parse("numpy"), Implementation("flax")
 FAULT = "blocks/1/token_mixing/gelu"
 
 
@@ -35,40 +39,25 @@ def weights():
 
 @pytest.fixture(scope="module")
 def honest(weights):
-    extras = ("explain", "predict")
-    return parity_command.findings(weights, random_images(TINY), REFEREE, FLAX, source="w.npz", said="noise", extras=extras)
-
-
-def tampered(weights, change):
-    """A report on a side that has one element of one operation changed."""
-    run = FLAX.open(weights)
-
-    def faulty(images, tap):
-        def seen(name, array):
-            if name == FAULT:
-                array = array.copy()
-                array[0, 0, 0] = change(array[0, 0, 0])
-            return array if tap is None else tap(name, array)
-
-        return run(images, seen)
-
-    return compare(weights, random_images(TINY), REFEREE, FLAX, runs=(None, faulty))
+    about = {"source": "w.npz", "images_are": "noise"}
+    return parity_report(weights, random_images(TINY), NUMPY, FLAX, extras=("explain", "predict_devices"), **about)
 
 
 @pytest.fixture(scope="module")
 def failed(weights):
-    return Findings(tampered(weights, lambda value: value + 0.01), "w.npz")
+    """A report on an implementation that has one element of one operation changed."""
+    faulty = faults.in_operation(FLAX.open(weights), FAULT, faults.in_one_element(0.01))
+    return ParityReport(compare(weights, random_images(TINY), NUMPY, FLAX, runs=(None, faulty)), "w.npz")
 
 
-def said(page):
-    """What a page shows first."""
+def heading(page):
     return re.search(r"<body>\s*<h1 class=\"(\w+)\">(.*?)</h1>", page).groups()
 
 
-def drawn(page):
-    """The plots of a page: growth, then the operations' own errors."""
-    growth, local = (ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL))
-    return growth, local
+def plots(page):
+    """Of a page: accumulated differences, then the operations' own errors."""
+    accumulated, per_operation = (ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    return accumulated, per_operation
 
 
 def of_class(svg, name):
@@ -79,41 +68,40 @@ def points(element):
     return np.array([[float(number) for number in point.split(",")] for point in element.get("points").split()])
 
 
+def strict_json(report):
+    return json.loads(json.dumps(as_dict(report), allow_nan=False))
+
+
 def test_the_verdict_comes_first_in_all_three_forms(honest):
-    assert verdict(honest).startswith(
-        "yes: referee and flax:cpu:float32:highest compute the same from w.npz; the logits differ"
-    )
+    assert verdict(honest).startswith("yes: numpy and flax:cpu:float32:highest compute the same from w.npz; the logits differ")
     assert as_text(honest).splitlines()[0] == verdict(honest)
-    assert as_dict(honest)["passed"] is True
-    assert as_dict(honest)["verdict"] == verdict(honest)
-    assert said(as_html(honest)) == ("yes", verdict(honest))
+    assert (as_dict(honest)["passed"], as_dict(honest)["verdict"]) == (True, verdict(honest))
+    assert heading(as_html(honest)) == ("yes", verdict(honest))
 
 
 def test_a_fault_is_a_no_that_names_the_operation_in_all_three_forms(failed):
-    line = "no: referee and flax:cpu:float32:highest do not compute the same from w.npz; the first operation outside its "
-    assert verdict(failed).startswith(f"{line}budget is block 1, token_mixing, gelu, in flax:cpu:float32:highest: ")
-    text = as_text(failed).splitlines()
-    assert text[0] == verdict(failed)
-    assert re.search(r"block 1 .* [\d.,]+ times  token_mixing, gelu$", "\n".join(text), re.MULTILINE)
-    found = json.loads(json.dumps(as_dict(failed), allow_nan=False))
-    assert found["passed"] is False
-    assert found["first"]["operation"] == FAULT
-    assert found["first"]["side"] == "flax:cpu:float32:highest"
-    assert found["first"]["text"] in found["verdict"]
+    line = "no: numpy and flax:cpu:float32:highest do not compute the same from w.npz; the first operation outside its "
+    assert verdict(failed).startswith(f"{line}tolerance is block 1, token_mixing, gelu, in flax:cpu:float32:highest: error ")
+    text = as_text(failed)
+    assert text.splitlines()[0] == verdict(failed)
+    assert re.search(r"block 1 .* [\d.,]+ times  token_mixing, gelu$", text, re.MULTILINE)
+    entries = strict_json(failed)
+    assert entries["passed"] is False
+    assert (entries["first"]["operation"], entries["first"]["implementation"]) == (FAULT, "flax:cpu:float32:highest")
+    assert entries["first"]["text"] in entries["verdict"]
     page = as_html(failed)
-    assert said(page) == ("no", verdict(failed))
+    assert heading(page) == ("no", verdict(failed))
     assert page.index('class="off"') < page.index("<details>")
 
 
-def test_the_numbers_in_json_are_the_reports(honest, failed):
-    for findings in (honest, failed):
-        report, found = findings.report, json.loads(json.dumps(as_dict(findings), allow_nan=False))
-        assert found["agreement"] == asdict(report.logits)
-        assert found["budget"] == asdict(report.logits_budget)
-        assert found["share"] == report.share
-        assert found["sides"] == [str(report.a), str(report.b)]
-        for operation, row in zip(report.operations, found["operations"], strict=True):
-            assert row == {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(operation).items()}
+def test_the_numbers_in_json_are_the_comparisons(honest, failed):
+    for report in (honest, failed):
+        comparison, entries = report.comparison, strict_json(report)
+        assert entries["agreement"] == asdict(comparison.logits)
+        assert entries["tolerance"] == asdict(comparison.logits_tolerance)
+        assert entries["fraction"] == comparison.fraction
+        assert entries["implementations"] == [str(comparison.a), str(comparison.b)]
+        assert entries["operations"] == json.loads(json.dumps([asdict(operation) for operation in comparison.operations]))
 
 
 def test_the_page_needs_nothing_else(honest, failed):
@@ -123,42 +111,54 @@ def test_the_page_needs_nothing_else(honest, failed):
         assert "prefers-color-scheme: dark" in page
 
 
-def test_the_growth_is_drawn_on_one_band_of_its_budget(honest):
-    growth, local = drawn(as_html(honest))
-    (band,), (line,) = of_class(growth, "band"), of_class(growth, "growth")
-    operations = honest.report.operations
-    assert not of_class(local, "band")
+def test_the_plots_have_titles_and_no_text_leaves_them_on_a_phone(failed):
+    """At the sizes of text on a narrow screen, with wide letters: 0.62 of the size each."""
+    page = as_html(failed)
+    assert "white-space: nowrap" not in page  # tables wrap
+    for plot, y_title in zip(plots(page), ("relative error", "fraction of the tolerance"), strict=True):
+        titles = of_class(plot, "title")
+        assert [title.text for title in titles] == ["operation, in the order of the forward pass", y_title]
+        for text in plot.iter("text"):
+            classes = text.get("class", "").split()
+            length = 0.62 * len(text.text) * (17 if {"title", "first-label"} & {*classes} else 22)
+            if text in titles:
+                assert length <= (WIDTH if text is titles[0] else HEIGHT)
+            else:
+                start = float(text.get("x")) - (length if "end" in classes else 0)
+                assert 0 <= start <= WIDTH - length, text.text
+
+
+@pytest.mark.parametrize("name", ["honest", "failed"])
+def test_what_is_inside_and_outside_of_its_tolerance_is_drawn_so(request, name):
+    comparison = request.getfixturevalue(name).comparison
+    accumulated, per_operation = plots(as_html(request.getfixturevalue(name)))
+    (band,), (line,), operations = of_class(accumulated, "band"), of_class(accumulated, "difference"), comparison.operations
+    assert not of_class(per_operation, "band")
     assert len(points(line)) == len(operations) == len(points(band)) - 2
-    # A larger value lies higher, which is a smaller y: the line is inside the band exactly where growth is in its budget.
-    inside = points(line)[:, 1] >= points(band)[1:-1, 1]
-    assert inside.tolist() == [operation.growth <= operation.growth_budget for operation in operations]
-    assert all(inside)
-    assert len(of_class(local, "side-a")) == len(of_class(local, "side-b")) == len(operations)
-    assert not of_class(growth, "off") + of_class(local, "off") + of_class(growth, "first")
+    # A larger value lies higher, which is a smaller y: the line leaves the band exactly where it leaves the tolerance.
+    outside = [operation.accumulated > operation.accumulated_tolerance for operation in operations]
+    assert (points(line)[:, 1] < points(band)[1:-1, 1]).tolist() == outside
+    assert any(outside) == (name == "failed")
+    assert len(of_class(accumulated, "off")) == sum(outside)
+    assert len(of_class(per_operation, "off")) == (name == "failed")
+    marks = [float(mark.get("x1")) for mark in of_class(accumulated, "first")]
+    if name == "honest":
+        assert len(of_class(per_operation, "of-a")) == len(of_class(per_operation, "of-b")) == len(operations)
+        assert marks == []
+    else:
+        assert of_class(accumulated, "first-label")[0].text == "block 1, token_mixing, gelu"
+        assert marks == [points(line)[[operation.name for operation in operations].index(FAULT)][0]]
 
 
-def test_what_leaves_its_budget_is_drawn_so(failed):
-    growth, local = drawn(as_html(failed))
-    (band,), (line,) = of_class(growth, "band"), of_class(growth, "growth")
-    operations = failed.report.operations
-    over = [operation.growth > operation.growth_budget for operation in operations]
-    assert (points(line)[:, 1] < points(band)[1:-1, 1]).tolist() == over
-    assert len(of_class(growth, "off")) == sum(over) > 0
-    assert len(of_class(local, "off")) == 1
-    assert of_class(growth, "first-label")[0].text == "block 1, token_mixing, gelu"
-    (mark,) = of_class(growth, "first")
-    assert float(mark.get("x1")) == points(line)[[operation.name for operation in operations].index(FAULT)][0]
-
-
-def test_one_operation_that_is_not_finite_is_a_no_in_legal_json(weights, failed):
-    finite = failed.report
-    broken = [replace(op, growth=np.inf, local=(0.0, np.inf), share=(0.0, np.inf)) for op in finite.operations]
-    found = Findings(replace(finite, operations=broken), "w.npz")
-    row = json.loads(json.dumps(as_dict(found), allow_nan=False))["operations"][0]
-    assert (row["growth"], row["local"], row["share"]) == (None, [0.0, None], [0.0, None])
-    assert "not finite" in as_text(found)
-    growth, _ = drawn(as_html(found))
-    assert len(of_class(growth, "off")) == len(broken)
+def test_an_operation_that_is_not_finite_is_legal_json(failed):
+    not_finite = {"accumulated": np.inf, "per_operation": (0.0, np.inf), "fraction": (0.0, np.inf)}
+    broken = [replace(operation, **not_finite) for operation in failed.comparison.operations]
+    report = ParityReport(replace(failed.comparison, operations=broken), "w.npz")
+    row, first = strict_json(report)["operations"][0], strict_json(report)["first"]
+    assert (first["operation"], first["error"]) == ("stem", None)
+    assert (row["accumulated"], row["per_operation"], row["fraction"]) == (None, [0.0, None], [0.0, None])
+    assert "not finite" in as_text(report)
+    assert len(of_class(plots(as_html(report))[0], "off")) == len(broken)
 
 
 def test_names_of_files_are_text_on_the_page(failed):
@@ -167,37 +167,77 @@ def test_names_of_files_are_text_on_the_page(failed):
     assert not re.search("<b |<i>|<u>|</dl></dd>", page)
 
 
-def test_a_share_above_all_of_the_budget_is_never_told_as_all_of_it(failed):
-    def of(share):
-        return verdict(Findings(replace(failed.report, share=share, first=None), "w.npz"))
+@pytest.mark.parametrize(
+    ("fraction", "answer", "words"),
+    [
+        (0.9999, "yes", "99% of the tolerance"),
+        (1.0, "yes", "100% of the tolerance"),
+        (1.0001, "no", r"over 100% of the tolerance of \S+, though every operation is within its own"),
+        (2.5, "no", "2.5 times the tolerance"),
+    ],
+)
+def test_more_than_the_tolerance_is_never_rounded_to_all_of_it(honest, fraction, answer, words):
+    logits = replace(honest.comparison.logits, max_abs=fraction * honest.comparison.logits_tolerance.max_abs)
+    line = verdict(replace(honest, comparison=replace(honest.comparison, logits=logits)))
+    assert line.startswith(answer)
+    assert re.search(words, line)
 
-    assert "use 100% of their budget" in of(1.0)
-    assert "use 99% of their budget" in of(0.9999)
-    assert of(1.0).startswith("yes")
-    assert re.search(r"use over 100% of their budget of \S+, though no operation is outside its own", of(1.0001))
-    assert "use 2.5 times their budget" in of(2.5)
-    assert of(1.0001).startswith("no")
+
+@pytest.mark.parametrize("figure", ["max_abs", "rms"])
+def test_the_verdict_prints_the_figure_that_is_over_its_tolerance(honest, figure):
+    """Never "7.6e-07, tolerance 9.4e-07" of a comparison that failed."""
+    limit = honest.comparison.logits_tolerance
+    figures = {"max_abs": 0.5 * limit.max_abs, "rms": 0.5 * limit.rms} | {figure: 3 * getattr(limit, figure)}
+    comparison = replace(honest.comparison, logits=replace(honest.comparison.logits, **figures))
+    words = {"max_abs": "at most", "rms": "in root mean square"}[figure]
+    wanted = f"differ by {figures[figure]:.1e} {words}, 3 times the tolerance of {getattr(limit, figure):.1e}"
+    assert wanted in verdict(replace(honest, comparison=comparison))
 
 
-def test_what_else_was_asked_for_is_in_all_three_forms(honest):
-    text, page, found = as_text(honest), as_html(honest), as_dict(honest)
-    assert found["explanation"]["causes"][0]["name"] == "GELU"
-    assert len(found["predictions"]) == 7
-    for shown in (text, page):
-        assert "unexplained is the gap as it is: within what rounding may leave" in shown
-        assert "six bfloat16 passes" in shown
-        assert "redicted here, not measured" in shown
+def test_the_extra_parts_are_in_all_three_forms(honest):
+    entries = as_dict(honest)
+    assert entries["explanation"]["causes"][0]["name"] == "GELU"
+    assert len(entries["predictions"]) == 7
+    for form in (as_text(honest), as_html(honest)):
+        assert "unexplained is the gap itself: within what rounding may leave; rows with " in form
+        assert "six bfloat16 passes" in form
+        assert "redicted here, not measured" in form
+
+
+def test_logits_apart_in_float64_are_a_no(honest):
+    report = replace(honest, exactness=Exactness(10, [(0, 1, 1.0, 1.0)], [(1, 2, 1.0, 1.5), (1, 3, 1.0, 1.5)]))
+    assert verdict(report).startswith("no: ")
+    assert "as float32, 2 of the logits differ by more than float64 rounding explains" in verdict(report)
+    for form in (as_text(report), as_html(report)):
+        assert "APART: image 1, class 2" in form
+        assert "7 of 10 bit-equal, 1 straddle a rounding boundary, 2 are further apart" in form
+    equal = as_text(replace(honest, exactness=Exactness(10, [], []))).splitlines()
+    assert equal[equal.index("float64 rounded to float32") + 1].startswith("  10 of 10 bit-equal")  # no header over no rows
 
 
 def test_the_report_tells_what_its_figures_depend_on(honest, weights):
     about = as_dict(honest)["about"]
     assert about["weights"]["fingerprint"] == convert.identity.fingerprint(weights.arrays, weights.layout)
     assert about["weights"]["numerics"] == "tanh GELU, LayerNorm epsilon 1e-06"
+    assert about["weights"]["model"] == "a Mixer of no published size, 5 classes"
     assert about["input"]["images"] == "2, noise"
-    assert about["second side"]["side"] == "flax:cpu:float32:highest"
+    assert about["b"]["implementation"] == "flax:cpu:float32:highest"
     assert {"Python", "numpy", "jax", "flax"} <= about["versions"].keys()
     assert "torch" not in about["versions"]
     assert {"system", "processor", "cores"} <= about["machine"].keys()
+
+
+@pytest.mark.parametrize(("terminal", "delay", "shown"), [(True, 0, True), (True, 1e6, False), (False, 0, False)])
+def test_a_terminal_is_told_how_far_it_is_where_that_takes_long(monkeypatch, weights, terminal, delay, shown):
+    bars, stream = [], io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    tqdm = report_module.tqdm
+    monkeypatch.setattr(report_module, "tqdm", lambda **options: bars.append(tqdm(**options | {"delay": delay})) or bars[0])
+    parity_report(weights, random_images(TINY), NUMPY, NUMPY, extras=("explain", "predict_devices"))
+    assert ("comparing" in stream.getvalue()) == shown
+    if terminal:
+        assert bars[0].n == bars[0].total
 
 
 # The command.
@@ -212,15 +252,23 @@ def process(*arguments, code):
     return done.stdout, done.stderr
 
 
-def command(capsys, *arguments, code):
+@pytest.fixture
+def command(capsys):
     """The same in this process: faster, and the same code."""
-    try:
-        found = main(["parity", *map(str, arguments)])
-    except SystemExit as end:
-        found = end.code
-    out, err = capsys.readouterr()
-    assert found == code, out + err
-    return err if code else out
+
+    def run(*arguments, code):
+        try:
+            result = main(["parity", *map(str, arguments)])
+        except SystemExit as end:
+            result = end.code
+        out, err = capsys.readouterr()
+        assert result == code, out + err
+        return out or err
+
+    return run
+
+
+IN_FLOAT32 = ("--a", "numpy", "--b", "flax")
 
 
 def file(path, weights, config=TINY, **numerics):
@@ -229,11 +277,12 @@ def file(path, weights, config=TINY, **numerics):
 
 
 @pytest.mark.torch
-def test_a_yes_is_exit_code_0_and_flax_against_the_twin_goes_without_saying(tmp_path):
+def test_a_yes_is_exit_code_0_and_flax_against_pytorch_is_the_default(tmp_path):
     out, err = process(SQUARE, "--html", tmp_path / "r.html", code=0)
     line = out.splitlines()[0]
     assert line.startswith("yes: flax:cpu:float32:highest and torch:cpu:float32:highest compute the same from google.npz")
-    assert said((tmp_path / "r.html").read_text()) == ("yes", line)
+    assert heading((tmp_path / "r.html").read_text()) == ("yes", line)
+    assert "logits of 1 image\n" in out
     assert "torch.backends.cuda.matmul.fp32_precision ieee" in out
     assert err == ""
 
@@ -243,192 +292,122 @@ def test_a_no_is_exit_code_1_with_the_report_and_no_error(tmp_path):
     wrong = random_weights(TINY)
     wrong["MixerBlock_1/channel_mixing/Dense_0/bias"][3] += 0.01
     right, wrong = file(tmp_path / "right.npz", random_weights(TINY)), file(tmp_path / "wrong.npz", wrong)
-    out, err = process(right, wrong, "--a", "referee", "--b", "flax", "--json", code=1)
-    found = json.loads(out)
-    assert found["first"]["operation"] == "blocks/1/channel_mixing/dense_0"
-    assert "do not compute the same from right.npz and wrong.npz; the first" in found["verdict"]
-    assert found["about"]["weights"]["fingerprint"] != found["about"]["second weights"]["fingerprint"]
+    out, err = process(right, wrong, *IN_FLOAT32, "--json", code=1)
+    entries = json.loads(out)
+    assert entries["first"]["operation"] == "blocks/1/channel_mixing/dense_0"
+    assert "do not compute the same from right.npz and wrong.npz; the first" in entries["verdict"]
+    assert entries["about"]["weights"]["fingerprint"] != entries["about"]["weights of b"]["fingerprint"]
     assert err == ""
 
 
+def test_the_function_takes_keywords_and_returns_the_report():
+    report = parity(SQUARE, a="numpy", b="flax", count=2, exact=True)
+    assert report.passed
+    assert report.exactness.count == 14
+    with pytest.raises(ValueError, match="an exact comparison is in float64, and flax:cpu:float32:highest is not"):
+        parity(SQUARE, a="numpy", b=FLAX, exact=True)
+
+
 @pytest.mark.parametrize(
-    ("side", "message"),
+    ("arguments", "message"),
     [
-        ("keras", "a side's name is one of flax, torch, timm, referee, not 'keras'"),
-        ("flax:npu", "a side's device is one of cpu, gpu, tpu, not 'npu'"),
-        ("flax:cpu:int8", "a side's dtype is one of"),
-        ("flax:cpu:float32:most", "a side's precision is one of highest, high, default, not 'most'"),
-        ("flax:cpu:float32:high:x", "a side is NAME[:DEVICE[:DTYPE[:PRECISION]]], not"),
-        ("referee:gpu", "the referee computes in float64 on the CPU"),
+        (("--a", "keras"), "'keras' is not a name of an implementation: flax, torch, timm, numpy"),
+        (("--draws", "7"), "argument --draws: '7' is"),
+        (("--count", "0"), "argument --count: '0' is"),
+        (("--exact", "--b", "torch:cpu:bfloat16"), "and torch:cpu:bfloat16:highest is not: leave its dtype out"),
     ],
 )
-def test_a_side_that_does_not_exist_is_a_usage_error(capsys, side, message):
-    assert message in command(capsys, SQUARE, "--a", side, code=2)
-
-
-def test_other_usage_errors(capsys, tmp_path):
-    assert "fewer than 8 draws say too little" in command(capsys, SQUARE, "--draws", "7", code=2)
-    assert "'0' is no whole number of at least 1" in command(capsys, SQUARE, "--count", "0", code=2)
-    assert "--exact is asked in float64" in command(capsys, SQUARE, "--exact", "--b", "torch:cpu:bfloat16", code=2)
-    for extra in (["--b", "flax"], ["--images", tmp_path], ["--html", tmp_path / "r.html"]):
-        assert "--self-test is of one FILE on one side" in command(capsys, SQUARE, "--self-test", *extra, code=2)
-    assert "--self-test is of one FILE on one side" in command(capsys, SQUARE, SQUARE, "--self-test", code=2)
+def test_usage_errors(command, arguments, message):
+    assert message in command(SQUARE, *arguments, code=2)
 
 
 def test_a_device_that_is_not_there_is_one_error_line():
-    out, err = process(SQUARE, "--a", "flax:gpu", "--b", "referee", code=1)
+    out, err = process(SQUARE, "--a", "flax:gpu", "--b", "numpy", code=1)
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("error: JAX finds no gpu here: ")
 
 
-def test_a_fresh_head_is_refused(capsys, tmp_path):
-    weights = random_weights(TINY)
-    weights["head/kernel"][:] = weights["head/bias"][:] = 0
-    path = file(tmp_path / "w.npz", weights)
-    said = command(capsys, path, "--a", "referee", "--b", "flax", code=1)
-    assert said == "error: w.npz: the logits of an image are all alike, as after a fresh head: any two models would agree\n"
-    assert "w.npz: the logits of an image are all alike" in command(capsys, path, "--self-test", code=1)
+def test_a_fresh_head_is_refused(command, tmp_path):
+    zeros = {name: 0 * array if name.startswith("head/") else array for name, array in random_weights(TINY).items()}
+    error = command(file(tmp_path / "w.npz", zeros), *IN_FLOAT32, code=1)
+    assert error == "error: w.npz: all logits of an image are equal, as with a fresh head: any two models would agree\n"
 
 
-def test_weights_that_are_not_finite_are_refused(capsys, tmp_path):
+def test_weights_that_are_not_finite_are_refused(command, tmp_path):
     weights = random_weights(TINY)
     weights["MixerBlock_1/LayerNorm_0/bias"][2] = np.nan
-    path = tmp_path / "w.npz"
-    np.savez(path, **weights)
-    sides = ("--a", "referee", "--b", "flax", "--image-size", "8x15")
-    assert "MixerBlock_1/LayerNorm_0/bias: 1 NaN and 0 infinite values" in command(capsys, path, *sides, code=1)
-    refused = command(capsys, path, *sides, "--allow-nonfinite", code=1)
-    assert refused == "error: w.npz: there are NaN or infinite logits: parity says nothing of them\n"
+    np.savez(tmp_path / "w.npz", **weights)
+    arguments = (tmp_path / "w.npz", *IN_FLOAT32, "--image-size", "8x15")
+    assert "MixerBlock_1/LayerNorm_0/bias: 1 NaN and 0 infinite values" in command(*arguments, code=1)
+    error = command(*arguments, "--allow-nonfinite", code=1)
+    assert error == "error: w.npz: there are NaN or infinite logits, which cannot be compared\n"
 
 
-def test_files_of_different_images_are_refused(capsys, tmp_path):
+def test_files_of_different_images_are_refused(command, tmp_path):
     other = replace(TINY, image_size=(8, 12))
     paths = file(tmp_path / "a.npz", random_weights(TINY)), file(tmp_path / "b.npz", random_weights(other), other)
-    said = command(capsys, *paths, "--a", "referee", "--b", "flax", code=1)
-    assert "a.npz and b.npz: one takes images of (8, 15, 3) and the other of (8, 12, 3): no input is common" in said
+    wanted = "a.npz and b.npz: one takes images of (8, 15, 3), the other of (8, 12, 3): no image suits both"
+    assert wanted in command(*paths, *IN_FLOAT32, code=1)
 
 
-def test_more_images_than_memory_holds_are_refused_before_anything_runs(capsys, monkeypatch):
-    monkeypatch.setattr(parity_command, "_memory", lambda: 1 << 20)
-    said = command(capsys, SQUARE, "--a", "referee", "--b", "referee", "--count", "1000", code=1)
-    fits = re.fullmatch(r"error: 1000 images need [\d.]+ GiB for .*, and the machine has 0.0: (\d+) at most\n", said).group(1)
-    command(capsys, SQUARE, "--a", "referee", "--b", "referee", "--count", fits, code=0)
+def test_more_images_than_memory_holds_are_refused_before_anything_runs(command, monkeypatch):
+    monkeypatch.setattr(report_module, "_memory", lambda: 1 << 20)
+    error = command(SQUARE, "--a", "numpy", "--b", "numpy", "--count", "1000", code=1)
+    most = re.fullmatch(r"error: 1000 images need [\d.]+ GiB for .*, and the machine has 0.0: at most (\d+) at once\n", error)
+    command(SQUARE, "--a", "numpy", "--b", "numpy", "--count", most.group(1), code=0)
 
 
-def test_a_page_is_replaced_only_when_forced(capsys, tmp_path):
+def test_a_page_is_replaced_only_when_forced(command, tmp_path):
     page = tmp_path / "r.html"
     page.write_text("mine")
-    arguments = (SQUARE, "--a", "referee", "--b", "referee", "--html", page)
-    assert "r.html: exists already (replace it with --force" in command(capsys, *arguments, code=1)
+    arguments = (SQUARE, "--a", "numpy", "--b", "numpy", "--html", page)
+    assert "r.html: exists already (replace it with --force" in command(*arguments, code=1)
     assert page.read_text() == "mine"
-    command(capsys, *arguments, "--force", code=0)
-    assert said(page.read_text())[0] == "yes"
+    command(*arguments, "--force", code=0)
+    assert heading(page.read_text())[0] == "yes"
 
 
-def test_images_are_prepared_as_the_file_says(capsys, tmp_path):
+def test_images_are_preprocessed_as_the_file_says(command, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for name in ("red", "green"):
         colours.plain(name).save(folder / f"{name}.png")
-    sides = ("--a", "referee", "--b", "flax", "--images", folder)
-    found = command(capsys, SQUARE, *sides, code=0)
-    assert "logits of 2 images" in found
-    assert "prepared by resmall_crop" in found
-    assert "prepared by squash" in command(capsys, SQUARE, *sides, "--preprocess", "squash", code=0)
+    arguments = (*IN_FLOAT32, "--images", folder)
+    text = command(SQUARE, *arguments, code=0)
+    assert "logits of 2 images" in text
+    assert "preprocessed by resmall_crop" in text
+    assert "preprocessed by squash" in command(SQUARE, *arguments, "--preprocess", "squash", code=0)
     (folder / "blue.png").write_text("no image")
-    assert "blue.png: no image in a format that Pillow knows" in command(capsys, SQUARE, *sides, code=1)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert "a folder without images" in command(capsys, SQUARE, *sides[:-1], empty, code=1)
+    assert "blue.png: " in command(SQUARE, *arguments, code=1)
     silent = file(tmp_path / "silent.npz", random_weights(TINY), preprocessing=None)
-    refused = command(capsys, silent, *sides, code=1)
-    assert "silent.npz: does not say how an image becomes its input: say --preprocess, one of" in refused
+    (folder / "blue.png").unlink()
+    error = command(silent, *arguments, code=1)
+    assert "silent.npz: does not name its preprocessing: use --preprocess, one of resmall_crop, " in error
 
 
-def test_exactly_equal_in_float64_is_said_and_counts(capsys, tmp_path):
-    sides = ("--a", "referee", "--b", "flax", "--exact")
-    found = json.loads(command(capsys, SQUARE, *sides, "--json", code=0))
-    assert found["sides"] == ["referee", "flax:cpu:float64:highest"]
-    assert found["exactness"]["passed"] is True
-    assert found["exactness"]["count"] == 14
-    assert "of 14 bit-equal" in command(capsys, SQUARE, *sides, code=0)
-
-
-def test_logits_apart_in_float64_are_a_no(honest):
-    from mixer_jax.explain import Exactness
-
-    found = replace(honest, exactness=Exactness(10, [(0, 1, 1.0, 1.0)], [(1, 2, 1.0, 1.5), (1, 3, 1.0, 1.5)]))
-    assert verdict(found).startswith("no: ")
-    assert "in float32 2 of the logits differ by more than a rounding boundary" in verdict(found)
-    for shown in (as_text(found), as_html(found)):
-        assert "APART: image 1, class 2" in shown
-        assert "7 of 10 bit-equal, 1 straddle a rounding boundary, 2 are further apart" in shown
-
-
-def test_the_self_test_needs_no_second_side(capsys):
-    assert "hold" in command(capsys, SQUARE, "--self-test", code=0)
-    found = json.loads(command(capsys, SQUARE, "--self-test", "--json", "--a", "flax", code=0))
-    assert found["side"] == "flax:cpu:float32:highest"
-    assert found["passed"] is True
-    assert {identity["passed"] for identity in found["identities"]} <= {True, None}
-
-
-def test_a_terminal_is_told_what_goes_on_where_that_takes_long(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    for stream, patience, wanted in ((Terminal(), 0.0, "running flax ...\n"), (Terminal(), 1e6, ""), (io.StringIO(), 0.0, "")):
-        monkeypatch.setattr(sys, "stderr", stream)
-        monkeypatch.setattr(parity_command, "PATIENCE", patience)
-        with parity_command._Stages() as stage:
-            stage("running flax")
-            if wanted:
-                stage._timer.join()
-        assert stream.getvalue() == wanted
-
-
-def test_files_of_other_preprocessing_see_their_own_pixels(capsys, tmp_path):
+def test_files_of_other_preprocessing_see_their_own_pixels(command, tmp_path):
     """The squash of one file against the crop of the other is a cause, and explains what it does."""
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (60, 90, 3), np.uint8)).save(tmp_path / "image.png")
-    source = convert.read(SQUARE)
-    for name in ("resmall_crop", "squash"):
-        convert.write(tmp_path / f"{name}.safetensors", source.with_metadata(preprocessing=name), layout="google")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
     files = [tmp_path / f"{name}.safetensors" for name in ("resmall_crop", "squash")]
-    sides = ("--a", "referee", "--b", "flax", "--images", tmp_path / "image.png")
-    with pytest.raises(SystemExit, match="1"):
-        main(["parity", *map(str, (*files, *sides)), "--explain", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    causes = {cause["name"]: cause for cause in found["explanation"]["causes"]}
-    assert (causes["preprocessing"]["a"], causes["preprocessing"]["b"]) == ("resmall_crop", "squash")
-    assert causes["preprocessing"]["share"] > 0.99
-    assert found["explanation"]["unexplained"]["largest"] < 1e-5
-
-
-@pytest.mark.parametrize("over", ["largest", "rms"])
-def test_the_verdict_prints_the_figure_that_is_over_its_budget(honest, over):
-    """Never "7.6e-07, budget 9.4e-07" of a comparison that failed."""
-    budget = honest.report.logits_budget
-    figures = {"largest": 0.5 * budget.largest, "rms": 0.5 * budget.rms} | {over: 3 * getattr(budget, over)}
-    report = replace(honest.report, logits=replace(honest.report.logits, **figures), share=3.0)
-    line = verdict(replace(honest, report=report))
-    words = {"largest": "at most", "rms": "in root mean square"}[over]
-    assert line.startswith("no: ")
-    assert f"differ by {figures[over]:.1e} {words} and use 3 times their budget of {getattr(budget, over):.1e}" in line
+    for path in files:
+        convert.write(path, convert.read(SQUARE).with_metadata(preprocessing=path.stem), layout="google")
+    out = command(*files, *IN_FLOAT32, "--images", tmp_path / "image.png", "--explain", "--json", code=1)
+    entries = json.loads(out)
+    (cause,) = (cause for cause in entries["explanation"]["causes"] if cause["name"] == "preprocessing")
+    assert (cause["a"], cause["b"]) == ("resmall_crop", "squash")
+    assert cause["fraction"] > 0.99
+    assert entries["explanation"]["unexplained"]["max_abs"] < 1e-5
+    assert entries["about"]["input"]["images"] == "1, preprocessed by resmall_crop; for b preprocessed by squash"
 
 
 @pytest.mark.parametrize(("dtype", "answer"), [("bfloat16", "yes"), ("float64", "no")])
-def test_a_verdict_names_a_stated_difference_that_it_cannot_resolve(capsys, tmp_path, dtype, answer):
+def test_a_verdict_names_a_difference_of_metadata_that_it_cannot_resolve(command, tmp_path, dtype, answer):
     """With a first layer so small that both GELUs round to the same in bfloat16."""
-    found = convert.read(SQUARE)
-    arrays = {n: np.asarray(a) * np.float32(1e-3 if "Dense_0" in n else 1) for n, a in found.arrays.items()}
-    for gelu in ("tanh", "exact"):
-        convert.write(tmp_path / f"{gelu}.safetensors", replace(found, arrays=arrays).with_metadata(gelu=gelu))
-    files = [str(tmp_path / f"{gelu}.safetensors") for gelu in ("tanh", "exact")]
-    with contextlib.suppress(SystemExit):  # of a no
-        main(["parity", *files, "--a", f"flax:cpu:{dtype}", "--b", f"flax:cpu:{dtype}"])
-    line = capsys.readouterr().out.splitlines()[0]
+    small = {name: array * np.float32(1e-3 if "Dense_0" in name else 1) for name, array in random_weights(TINY).items()}
+    files = [file(tmp_path / f"{gelu}.safetensors", small, gelu=gelu) for gelu in ("tanh", "exact")]
+    arguments = (*files, "--a", f"flax:cpu:{dtype}", "--b", f"flax:cpu:{dtype}")
+    line = command(*arguments, code=0 if answer == "yes" else 1).splitlines()[0]
     assert line.startswith(f"{answer}: ")
-    unresolved = "; but the files state different numerics, gelu: tanh against exact, which this cannot tell apart"
+    unresolved = "; but the files' numerics differ, gelu: tanh against exact, which this cannot tell apart"
     assert line.endswith(unresolved) == (answer == "yes")

@@ -1,6 +1,6 @@
-"""The paper's equations (section 2) in plain NumPy float64: the third opinion that both models answer to.
+"""The paper's equations (section 2) in plain NumPy float64: what both models are compared with.
 
-Written for reading, shares nothing with the models but MixerConfig.
+Written for reading; shares nothing with the models but MixerConfig.
 """
 
 __all__ = ["forward"]
@@ -12,7 +12,7 @@ from einops import rearrange
 
 from convert import MixerConfig
 
-Tap = Callable[[str, np.ndarray], np.ndarray]
+Hook = Callable[[str, np.ndarray], np.ndarray]
 
 
 def gelu(x: np.ndarray, form: str) -> np.ndarray:
@@ -25,10 +25,11 @@ def gelu(x: np.ndarray, form: str) -> np.ndarray:
 
 
 class Arithmetic:
-    """What a forward pass is made of, in float64; `mixer_jax.precision` has one that rounds as a device does."""
+    """What a forward pass is made of, in float64; `rounding.Rounded` is one that rounds as a device does."""
 
-    def product(self, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
-        return x @ kernel + bias
+    def matmul(self, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, exact: np.ndarray | None = None) -> np.ndarray:
+        """`exact` is x @ kernel where that is known; it may be written to."""
+        return (x @ kernel if exact is None else exact) + bias
 
     def layer_norm(self, x: np.ndarray, scale: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
         centred = x - x.mean(axis=-1, keepdims=True)
@@ -53,42 +54,44 @@ def forward(
     weights: Mapping[str, np.ndarray],
     images: np.ndarray,
     *,
-    tap: Tap = lambda name, array: array,
+    hook: Hook = lambda name, array: array,
     arithmetic: Arithmetic = Arithmetic(),  # noqa: B008 - has no state
 ) -> np.ndarray:
     """Logits (b, classes), or features (b, channels) without a head, in float64.
 
-    `weights` have google's names and axes, `images` are (b, h, w, channels). `tap(name, array)` sees the result of every
+    `weights` have google's names and axes, `images` are (b, h, w, channels). `hook(name, array)` sees the result of every
     operation and returns what the forward pass goes on with.
     """
-    w = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     a = arithmetic
 
+    def w(name: str) -> np.ndarray:  # one at a time: all of them in float64 are twice the model
+        return np.asarray(weights[name], np.float64)
+
     def dense(name: str) -> tuple[np.ndarray, np.ndarray]:
-        return w[f"{name}/kernel"], w[f"{name}/bias"]
+        return w(f"{name}/kernel"), w(f"{name}/bias")
 
     def layer_norm(x: np.ndarray, name: str) -> np.ndarray:
-        return a.layer_norm(x, w[f"{name}/scale"], w[f"{name}/bias"], config.layer_norm_epsilon)
+        return a.layer_norm(x, w(f"{name}/scale"), w(f"{name}/bias"), config.layer_norm_epsilon)
 
     def mlp(x: np.ndarray, google: str, ours: str) -> np.ndarray:
-        x = tap(f"{ours}/dense_0", a.product(x, *dense(f"{google}/Dense_0")))
-        x = tap(f"{ours}/gelu", a.gelu(x, config.gelu))
-        return tap(f"{ours}/dense_1", a.product(x, *dense(f"{google}/Dense_1")))
+        x = hook(f"{ours}/dense_0", a.matmul(x, *dense(f"{google}/Dense_0")))
+        x = hook(f"{ours}/gelu", a.gelu(x, config.gelu))
+        return hook(f"{ours}/dense_1", a.matmul(x, *dense(f"{google}/Dense_1")))
 
     height, width = config.patch_size
     x = rearrange(np.asarray(images, np.float64), "b (gh h) (gw w) c -> b (gh gw) (h w c)", h=height, w=width)
     kernel, bias = dense("stem")
-    x = tap("stem", a.product(x, rearrange(kernel, "h w i o -> (h w i) o"), bias))
+    x = hook("stem", a.matmul(x, rearrange(kernel, "h w i o -> (h w i) o"), bias))
 
     for i in range(config.num_blocks):
         google, ours = f"MixerBlock_{i}", f"blocks/{i}"
-        y = tap(f"{ours}/token_norm", layer_norm(x, f"{google}/LayerNorm_0"))
+        y = hook(f"{ours}/token_norm", layer_norm(x, f"{google}/LayerNorm_0"))
         y = mlp(rearrange(y, "b n c -> b c n"), f"{google}/token_mixing", f"{ours}/token_mixing")
-        x = tap(f"{ours}/token_mixing/sum", a.add(x, rearrange(y, "b c n -> b n c")))
-        y = tap(f"{ours}/channel_norm", layer_norm(x, f"{google}/LayerNorm_1"))
+        x = hook(f"{ours}/token_mixing/sum", a.add(x, rearrange(y, "b c n -> b n c")))
+        y = hook(f"{ours}/channel_norm", layer_norm(x, f"{google}/LayerNorm_1"))
         y = mlp(y, f"{google}/channel_mixing", f"{ours}/channel_mixing")
-        x = tap(f"{ours}/channel_mixing/sum", a.add(x, y))
+        x = hook(f"{ours}/channel_mixing/sum", a.add(x, y))
 
-    x = tap("pre_head_norm", layer_norm(x, "pre_head_layer_norm"))
-    x = tap("mean", a.mean(x))
-    return tap("head", a.head(x, *dense("head"))) if config.num_classes else x
+    x = hook("pre_head_norm", layer_norm(x, "pre_head_layer_norm"))
+    x = hook("mean", a.mean(x))
+    return hook("head", a.head(x, *dense("head"))) if config.num_classes else x

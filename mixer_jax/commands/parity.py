@@ -1,0 +1,103 @@
+"""Whether two implementations compute the same from a file."""
+
+__all__ = ["parity"]
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from convert import Checkpoint, CheckpointError, ReadOptions, read
+from convert.atomic import atomic_write, check_writable
+from convert.metadata import PREPROCESSING_NAMES
+
+from ..images import require_images
+from ..parity.comparison import noise
+from ..parity.html import as_html
+from ..parity.implementations import Implementation
+from ..parity.report import EXTRAS, ParityReport, parity_report
+from ..parity.tolerance import Simulation
+
+
+def parity(
+    source: str | os.PathLike[str],
+    *,
+    other: str | os.PathLike[str] | None = None,
+    a: Implementation | str = "flax",
+    b: Implementation | str = "torch",
+    images: Sequence[str] | None = None,
+    preprocess: str | None = None,
+    count: int = 1,
+    seed: int = 0,
+    draws: int = Simulation.draws,
+    explain: bool = False,
+    exact: bool = False,
+    predict_devices: bool = False,
+    html: Path | None = None,
+    force: bool = False,
+    reading: ReadOptions = ReadOptions(),
+) -> ParityReport:
+    """Compare `a` on a file with `b` on `other`, or on the same file; `a` and `b` may be written as "torch:gpu:bfloat16".
+
+    The input is `images`, preprocessed as each file's metadata or `preprocess` names it, or else `count` images of noise.
+    `explain`, `exact` (float64 only) and `predict_devices` add parts to the report; `html` is a page to write.
+    """
+    if html:
+        check_writable(html, force=force)
+    a, b = (implementation_of(i, exact=exact) for i in (a, b))
+    paths = require_images(images) if images else []
+    checkpoint = read(source, reading)
+    second = None if other is None else read(other, reading)
+    if paths:
+        pixels, images_are = _preprocessed(paths, checkpoint, preprocess)
+        pixels_b, images_b_are = _preprocessed(paths, second, preprocess) if second else (None, images_are)
+        images_are = images_are if images_are == images_b_are else f"{images_are}; for b {images_b_are}"
+    else:
+        pixels, pixels_b, images_are = noise(checkpoint.config, count, seed), None, f"of seeded noise, seed {seed}"
+    report = parity_report(
+        checkpoint,
+        pixels,
+        a,
+        b,
+        other=second,
+        other_images=pixels_b,
+        source=" and ".join(Path(path).name for path in (source, other) if path is not None),
+        images_are=images_are,
+        simulation=Simulation(draws, seed),
+        extras=[name for name, wanted in zip(EXTRAS, (explain, exact, predict_devices)) if wanted],
+    )
+    if html:
+        write_page(html, as_html(report), force=force)
+    return report
+
+
+def write_page(path: Path, text: str, *, force: bool) -> None:
+    data = text.encode()
+    with atomic_write(path, size=len(data), force=force) as temporary:
+        temporary.write_bytes(data)
+
+
+def implementation_of(implementation: Implementation | str, *, exact: bool) -> Implementation:
+    """Of its text; one that leaves the dtype open computes in float32, or for `exact` in float64. Raises ValueError."""
+    if isinstance(implementation, str):
+        implementation = Implementation.parse(implementation, dtype="float64" if exact else "float32")
+    if exact and implementation.dtype != "float64":
+        raise ValueError(f"an exact comparison is in float64, and {implementation} is not: leave its dtype out")
+    return implementation
+
+
+def _preprocessed(paths: Sequence[str], checkpoint: Checkpoint, preprocess: str | None) -> tuple[np.ndarray, str]:
+    """The images as the checkpoint takes them, and how they were preprocessed."""
+    from ..preprocess import ImageError, prepare
+
+    preprocessing, names = preprocess or checkpoint.metadata.preprocessing, ", ".join(PREPROCESSING_NAMES)
+    if preprocessing is None:
+        raise CheckpointError(f"{checkpoint.source}: does not name its preprocessing: use --preprocess, one of {names}")
+    images = []
+    for path in paths:
+        try:
+            images.append(prepare(path, checkpoint.config, preprocessing))
+        except ImageError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+    return np.stack(images), f"preprocessed by {preprocessing}"
