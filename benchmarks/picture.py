@@ -1,9 +1,8 @@
 """docs/token-mixing.png: a small Mixer trained on two photographs for some minutes, drawn by `python -m mixer_jax draw`.
 
-The photographs are those that scikit-learn ships. The task is to say where in which of them a crop of 48 x 48 pixels was
-cut, one of 48 cells, with the colours shifted and noise added, so that the token-mixing units have to tell where in the
-crop something is. Accuracy is on crops of the same photographs: it says that something was learnt, and nothing of how well
-a Mixer generalises.
+The photographs come with scikit-learn. The task is to tell from which of 48 cells of them a crop was cut, with shifted colours
+and noise, so that token-mixing units have to tell where in the crop something is. Accuracy is on other crops of the same
+photographs, which shows that something was learnt, and nothing about generalisation.
 """
 
 import argparse
@@ -22,33 +21,25 @@ import mixer_jax
 from mixer_jax import MixerConfig, MlpMixer
 from mixer_jax.__main__ import main as command
 
-CELLS = (4, 6)  # of each photograph, rows and columns
-SIDE = 48
-CONFIG = MixerConfig(
-    patch_size=(4, 4),
-    image_size=(SIDE, SIDE),
-    num_blocks=2,
-    hidden_dim=32,
-    tokens_mlp_dim=64,
-    channels_mlp_dim=64,
-    num_classes=2 * CELLS[0] * CELLS[1],
-)
+CELLS, SIZE = (4, 6), 48  # rows and columns of cells in each photograph; pixels of a crop
+SIZES = {"num_blocks": 2, "hidden_dim": 32, "tokens_mlp_dim": 64, "channels_mlp_dim": 64}
+CONFIG = MixerConfig.named("S/4", image_size=SIZE, num_classes=2 * CELLS[0] * CELLS[1]).replace(**SIZES)
 STEPS, BATCH, RATE, WEIGHT_DECAY = 1600, 64, 4e-3, 0.8  # the decay leaves little of the random start to be seen
 
 
 def crops(photographs: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Random crops (b, h, w, c) in about [-1, 1] and the cells they are from."""
     _, height, width, _ = photographs.shape
-    rows, columns = height - SIDE + 1, width - SIDE + 1
+    rows, columns = height - SIZE + 1, width - SIZE + 1
     keys = jax.random.split(key, 6)
     which, top, left = (jax.random.randint(k, (BATCH,), 0, n) for k, n in zip(keys, (len(photographs), rows, columns)))
 
     def cut(which: jax.Array, top: jax.Array, left: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(photographs, (which, top, left, 0), (1, SIDE, SIDE, 3))[0]
+        return jax.lax.dynamic_slice(photographs, (which, top, left, 0), (1, SIZE, SIZE, 3))[0]
 
     gain = jnp.exp(0.2 * jax.random.normal(keys[3], (BATCH, 1, 1, 3)))
     offset = 0.2 * jax.random.normal(keys[4], (BATCH, 1, 1, 3))
-    images = jax.vmap(cut)(which, top, left) * gain + offset + 0.1 * jax.random.normal(keys[5], (BATCH, SIDE, SIDE, 3))
+    images = jax.vmap(cut)(which, top, left) * gain + offset + 0.1 * jax.random.normal(keys[5], (BATCH, SIZE, SIZE, 3))
     return images, (which * CELLS[0] + top * CELLS[0] // rows) * CELLS[1] + left * CELLS[1] // columns
 
 
@@ -64,10 +55,8 @@ def train(steps: int) -> tuple[MlpMixer, float]:
         return optax.softmax_cross_entropy_with_integer_labels(model(images), cells).mean()
 
     @nnx.jit
-    def step(model: MlpMixer, optimizer: nnx.Optimizer, key: jax.Array) -> jax.Array:
-        value, gradients = nnx.value_and_grad(loss)(model, *crops(photographs, key))
-        optimizer.update(model, gradients)
-        return value
+    def step(model: MlpMixer, optimizer: nnx.Optimizer, key: jax.Array) -> None:
+        optimizer.update(model, nnx.grad(loss)(model, *crops(photographs, key)))
 
     @nnx.jit
     def accuracy(model: MlpMixer, key: jax.Array) -> jax.Array:
@@ -76,11 +65,8 @@ def train(steps: int) -> tuple[MlpMixer, float]:
 
     model.train()
     training, judging = jax.random.split(jax.random.key(0))
-    with tqdm(jax.random.split(training, steps), desc="training", unit="step", disable=None) as bar:
-        for i, key in enumerate(bar):
-            value = step(model, optimizer, key)
-            if i % 50 == 0:
-                bar.set_postfix(loss=f"{float(value):.3f}")
+    for key in tqdm(jax.random.split(training, steps), desc="training", unit="step", disable=None):
+        step(model, optimizer, key)
     model.eval()
     return model, float(np.mean([accuracy(model, key) for key in jax.random.split(judging, 16)]))
 
@@ -89,7 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train a small Mixer on two photographs and draw its first token mixing.")
     parser.add_argument("picture", type=Path, nargs="?", default=Path("docs/token-mixing.png"), metavar="OUT.png")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--weights", type=Path, metavar="OUT.npz", help="keep the weights")
+    parser.add_argument("--weights", type=Path, metavar="OUT.npz", help="write the weights here")
     arguments = parser.parse_args()
     model, accuracy = train(arguments.steps)
     print(f"accuracy on other crops of the same photographs: {accuracy:.1%}; by chance {1 / CONFIG.num_classes:.1%}")
@@ -100,7 +86,7 @@ def main() -> int:
         mixer_jax.save(model, weights)
         if arguments.weights:
             mixer_jax.save(model, arguments.weights)
-        return command(["draw", str(weights), str(arguments.picture), "--only", "0", "--force"])
+        return command(["draw", str(weights), str(arguments.picture), "--blocks", "0", "--force"])
 
 
 if __name__ == "__main__":

@@ -1,86 +1,69 @@
 """`predict` on different JPEG photographs of mixed sizes: decoding alone, computing alone, and both overlapped.
 
-All three run on the same cores, in turns on the same parts of the images, and what is reported is the median over the
-parts. Where decoding alone and computing alone each keep every core busy, nothing can overlap them into less than the sum
-of their CPU time; that limit is printed beside what was reached. The photographs and the weights are synthetic.
+All three run on the same cores, in turns on the same parts of the images; figures are medians over the parts. If decoding and
+computing alone each keep every core busy, both cannot take less than the sum of their CPU time; that limit is printed beside
+what was reached. The photographs and the weights are synthetic.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import PIL
 from flax import nnx
-from PIL import Image, __version__
+from measure import machine
+from PIL import Image
+from worker import timed, versions
 
 import mixer_jax
 from convert import MixerConfig
-from mixer_jax.predict import ahead, compiled, cores, decoded, outcomes
+from mixer_jax.images import cores, decode_ahead, decoded, forward_of, run_on_images
 
-SIZES = (
-    (500, 375),
-    (375, 500),
-    (640, 480),
-    (333, 500),
-    (1024, 768),
-    (500, 334),
-    (800, 1200),
-    (256, 256),
-    (1600, 1200),
-    (320, 240),
-)
+WIDTHS = (500, 375, 640, 333, 1024, 500, 800, 256, 1600, 320)
+HEIGHTS = (375, 500, 480, 500, 768, 334, 1200, 256, 1200, 240)
+PREPROCESSINGS = ["resmall_crop"]
+Times = dict[str, tuple[float, float]]  # wall and CPU seconds of each kind of work
 
 
 def photograph(index: int, path: Path) -> None:
     """Smooth shapes with a texture: about as many bytes a pixel as a camera's JPEG."""
     random = np.random.default_rng(index)
-    width, height = (int(side * random.uniform(0.8, 1.2)) for side in SIZES[index % len(SIZES)])
-    shapes = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
+    width, height = (int(lengths[index % 10] * random.uniform(0.8, 1.2)) for lengths in (WIDTHS, HEIGHTS))
+    blocks = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    shapes = np.asarray(blocks.resize((width, height), Image.Resampling.BICUBIC))
     texture = random.normal(scale=8, size=(height, width, 1))
-    Image.fromarray((np.asarray(shapes) + texture).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    Image.fromarray((shapes + texture).clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def measured(variant: str, paths: list[str], *, parts: int, batch: int, threads: int) -> dict[str, object]:
+def measured(variant: str, paths: list[str], *, parts: int, batch: int, threads: int) -> dict[str, Any]:
     model = mixer_jax.MlpMixer(MixerConfig.named(variant), rngs=nnx.Rngs(0))
     model.head.kernel[...] = 0.05 * jax.random.normal(jax.random.key(1), model.head.kernel.shape)  # a fresh head is zeros
     model.eval()
-    config, forward = model.config, compiled(model)
-    recipes = ["resmall_crop"]
-    decode = partial(decoded, recipes=recipes, size=config.image_size, channels=config.in_channels, upright=True)
+    config, forward = model.config, forward_of(model)[0]
+    decode = partial(decoded, preprocessings=PREPROCESSINGS, config=config)
     noise = np.random.default_rng(0).uniform(-1, 1, (batch, *config.image_size, config.in_channels)).astype(np.float32)
 
     def decode_alone(part: list[str]) -> None:
-        for _ in ahead(decode, part, threads=threads, count=2 * batch):
+        for _ in decode_ahead(decode, part, threads=threads, count=2 * batch):
             pass
 
     def compute_alone(part: list[str]) -> None:
         before = None
         for _ in range(0, len(part), batch):
             started = forward(noise)
-            if before:
-                jax.block_until_ready(before)
+            jax.block_until_ready(before)
             before = started
         jax.block_until_ready(before)
 
     def both(part: list[str]) -> list[np.ndarray]:
-        return [o.logits[0] for o in outcomes(forward, config, part, recipes, batch=batch, threads=threads)]
+        results = run_on_images(forward, config, part, PREPROCESSINGS, batch_size=batch, threads=threads)
+        return [result.logits[0] for result in results]
 
     first = paths[: 2 * batch + 1]
     overlapped, apart = np.stack(both(first)), np.stack([both([path])[0] for path in first])
@@ -88,77 +71,43 @@ def measured(variant: str, paths: list[str], *, parts: int, batch: int, threads:
     assert overlapped.std() > 0.01
 
     work = {"decode": decode_alone, "compute": compute_alone, "both": both}
-    size = -(-len(paths) // parts)
-    rounds: list[dict[str, tuple[float, float]]] = []
-    for start in range(0, len(paths), size):
-        part = paths[start : start + size]
-        order = sorted(work) if len(rounds) % 2 else sorted(work, reverse=True)
-        rounds.append({name: timed(partial(work[name], part)) for name in order})
-
-    def median(of: Callable[[dict[str, tuple[float, float]]], float]) -> float:
-        return statistics.median(map(of, rounds))
-
-    def slower(r: dict[str, tuple[float, float]]) -> float:
-        return max(r["decode"][0], r["compute"][0])
-
-    ratios = [r["both"][0] / slower(r) for r in rounds]
+    rounds: list[Times] = []
+    for part in np.array_split(paths, parts):
+        order = sorted(work, reverse=len(rounds) % 2 == 0)
+        rounds.append({name: timed(partial(work[name], part.tolist())) for name in order})
+    wall, cpu = ({name: np.array([times[name][i] for times in rounds]) for name in work} for i in (0, 1))
+    slower, cpu_of_two = np.maximum(wall["decode"], wall["compute"]), cpu["decode"] + cpu["compute"]
+    ratios = wall["both"] / slower
     return {
         "variant": variant,
         "images": len(paths),
         "batch": batch,
         "threads": threads,
-        "wall_s": {name: sum(r[name][0] for r in rounds) for name in work},
-        "cpu_s": {name: sum(r[name][1] for r in rounds) for name in work},
+        "wall_s": {name: wall[name].sum() for name in work},
+        "cpu_s": {name: cpu[name].sum() for name in work},
         "ratio_to_slower": statistics.median(ratios),
-        "spread": max(ratios) - min(ratios),
-        "limit": median(lambda r: max(slower(r), (r["decode"][1] + r["compute"][1]) / cores()) / slower(r)),
-        "cpu_to_sum_of_both": median(lambda r: r["both"][1] / (r["decode"][1] + r["compute"][1])),
-        "one_after_the_other": median(lambda r: (r["decode"][0] + r["compute"][0]) / slower(r)),
+        "spread": ratios.max() - ratios.min(),
+        "limit": statistics.median(np.maximum(slower, cpu_of_two / cores()) / slower),
+        "cpu_to_sum_of_both": statistics.median(cpu["both"] / cpu_of_two),
+        "one_after_the_other": statistics.median((wall["decode"] + wall["compute"]) / slower),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="96 images: whether it works")
-    parser.add_argument("--count", type=int, default=1000, help="images (default: 1000)")
-    parser.add_argument("--variant", default="B/16", help="default: B/16")
-    parser.add_argument("--batch", type=int, default=8, help="default: 8")
-    parser.add_argument("--threads", type=int, default=cores(), help="that decode (default: one a core)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    count = 96 if arguments.quick else arguments.count
-    with tempfile.TemporaryDirectory() as name:
-        files = [Path(name) / f"{i:05}.jpg" for i in range(count)]
-        for i, path in enumerate(files):
-            photograph(i, path)
-        pixels = [Image.open(path).size for path in files]
-        mib = sum(path.stat().st_size for path in files) / 2**20
-        parts = 3 if arguments.quick else 5
-        row = measured(
-            arguments.variant, [str(path) for path in files], parts=parts, batch=arguments.batch, threads=arguments.threads
-        )
-    mean, different = sum(w * h for w, h in pixels) / count / 1e6, len(set(pixels))
-    print(f"{count} JPEG photographs, {different} sizes, {mean:.2f} megapixels and {mib / count:.2f} MiB on average")
-    wall, cpu = row["wall_s"], row["cpu_s"]
-    assert isinstance(wall, dict)
-    assert isinstance(cpu, dict)
-    for work in ("decode", "compute", "both"):
-        print(f"{work:<10}{wall[work]:9.2f} s{count / wall[work]:9.1f} images/s{cpu[work] / wall[work]:7.2f} cores busy")
-    print(
-        f"both take {row['ratio_to_slower']:.3f} of the slower of the two alone (spread {row['spread']:.3f}); "
-        f"limit by CPU time {row['limit']:.3f}, one after the other {row['one_after_the_other']:.3f}; "
-        f"their CPU time is {row['cpu_to_sum_of_both']:.3f} of the sum"
-    )
-    machine = {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "pillow": __version__,
-        "cpus": cores(),
-        "load": os.getloadavg()[0],
-        "device": str(jax.devices()[0]),
-    }
+    count, parts = (96, 3) if arguments.quick else (1000, 5)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/{i:05}.jpg" for i in range(count)]
+        for i, path in enumerate(paths):
+            photograph(i, Path(path))
+        row = measured("B/16", paths, parts=parts, batch=8, threads=cores())
+    print(json.dumps(row, indent=1))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "predict": row}, indent=1))
+        facts = machine() | {"versions": versions() | {"pillow": PIL.__version__}}
+        arguments.json.write_text(json.dumps({"machine": facts, "predict": row}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
 """python -m mixer_jax: what a person does with a Mixer."""
 
 import argparse
+import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert import CheckpointError, MixerConfig, __version__
-from convert.checkpoint import PREPROCESSING
-from convert.cli import add_reading_options, guarded, read_asked, refuse_ignored, require_verb, whole_number
-from convert.config import variant_sizes
-from convert.published import is_published
+from convert import __version__, read
+from convert.cli import add_reading_options, reading_options, refuse_ignored, require_verb, run_guarded, whole_number
+from convert.metadata import PREPROCESSING_NAMES
 
 if TYPE_CHECKING:
-    from .sides import Side
+    from matplotlib.figure import Figure
+
+    from .commands.model_options import ModelOptions
 
 
+Subparsers = argparse._SubParsersAction  # which argparse gives no public name
 VERBS = ("summary", "demo", "predict", "evaluate", "parity", "draw")
 
 
@@ -24,33 +27,30 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     require_verb(parser, argv, VERBS, ", ".join(VERBS))
     arguments = parser.parse_args(argv)
-    return guarded(lambda: arguments.run(arguments))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    return run_guarded(lambda: arguments.run(arguments))
 
 
 def summary(arguments: argparse.Namespace) -> None:
-    config = _config(arguments)
-    rows = config.modules()
-    if arguments.json:
-        modules = [{"name": r.name, "count": r.count, "parameters": r.parameters, "flops": r.flops} for r in rows]
-        print(json.dumps({"parameters": config.num_parameters, "forward_flops": config.forward_flops, "modules": modules}))
-        return
-    height, width = config.image_size
-    print(f"Mixer-{config.variant or 'of other sizes'}: {config.num_tokens} tokens of {config.hidden_dim} channels ", end="")
-    print(f"from images of {height}x{width} pixels, {config.num_classes or 'no'} classes\n")
-    print(f"{'module':<24}{'each':>14}{'count':>7}{'parameters':>14}{'GFLOPs/image':>14}")
-    for r in rows:
-        print(f"{r.name:<24}{r.parameters:>14,}{r.count:>7}{r.count * r.parameters:>14,}{r.count * r.flops / 1e9:>14.3f}")
-    print(f"{'all':<45}{config.num_parameters:>14,}{config.forward_flops / 1e9:>14.3f}")
+    from .commands.summary import config_of, is_file, summarize, summary_as_dict
+
+    source, variant = arguments.source, {}
+    if is_file(source):
+        refuse_ignored(arguments, ["num_classes"], f"is for a variant, and {source} is a file, which has its own")
+    else:
+        reading = ["depth", "variant", "dtype", "key", "allow_nonfinite", "gelu", "layer_norm_epsilon"]
+        refuse_ignored(arguments, reading, f"is for a file, and {source} is none; leave it out")
+        sizes = {"num_classes": arguments.num_classes, "image_size": arguments.image_size}
+        variant = {name: value for name, value in sizes.items() if value is not None}
+    config = config_of(source, reading_options(arguments), **variant)
+    print(json.dumps(summary_as_dict(config)) if arguments.json else summarize(config))
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    if arguments.validate and arguments.weights:
-        arguments.usage(f"--validate is of training, and {arguments.weights} has been trained")
-    if arguments.validate:
-        refuse_ignored(arguments, ["folder"], "--validate writes nothing; leave out one of them")
-    from .demo import run
+    from .commands.demo import demo
 
-    run(arguments.weights, arguments.folder or Path("demo-output"), validate=arguments.validate)
+    demo(arguments.weights, arguments.folder)
 
 
 def predict(arguments: argparse.Namespace) -> None:
@@ -60,67 +60,67 @@ def predict(arguments: argparse.Namespace) -> None:
         refuse_ignored(arguments, ["force"], "replaces OUT.npy, and --features does not name one")
     if arguments.against and not arguments.json:
         refuse_ignored(arguments, ["top"], "--against shows the best class of each preprocessing; --json has more")
-    from .predict import run
+    from .commands.predict import run
 
-    run(arguments)
+    options = {name: getattr(arguments, name) for name in ("top", "features", "against", "force")}
+    run(_model_options(arguments), arguments.images, as_json=arguments.json, **options)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     if not arguments.confusion:
         refuse_ignored(arguments, ["force"], "replaces OUT.png, and --confusion does not name one")
-    from .evaluate import run
+    from .commands.evaluate import run
 
-    run(arguments)
+    options = {"confusion": arguments.confusion, "as_json": arguments.json, "force": arguments.force}
+    run(_model_options(arguments), arguments.folder, **options)
 
 
 def parity(arguments: argparse.Namespace) -> None:
-    if arguments.self_test and (arguments.other or arguments.images or arguments.b or arguments.html):
-        arguments.usage("--self-test is of one FILE on one side, --a, on noise, and writes no page")
-    if arguments.self_test:
-        refuse_ignored(
-            arguments, ["explain", "exact", "predict"], "is of two sides, and --self-test of one; leave out one of them"
-        )
     if arguments.images:
-        refuse_ignored(arguments, ["count"], "is of noise, and --images names the images; leave out one of them")
+        refuse_ignored(arguments, ["count"], "is for noise, and --images names the images; leave out one of them")
     else:
-        refuse_ignored(arguments, ["preprocess"], "is of images, and noise takes none: name them with --images")
+        refuse_ignored(arguments, ["preprocess"], "is for images, and noise needs none: name images with --images")
     if not arguments.html:
         refuse_ignored(arguments, ["force"], "replaces OUT.html, and --html does not name one")
-    arguments.count = arguments.count or 2
-    if arguments.exact and any(side and side.dtype not in ("float32", "float64") for side in (arguments.a, arguments.b)):
-        arguments.usage("--exact is asked in float64")
-    if arguments.images:
-        from .predict import require_images
+    from .commands.parity import implementation_of, parity
+    from .parity.report import as_dict, as_text
 
-        arguments.images = require_images(arguments.images)
-    from .parity_command import run
-
-    if not run(arguments):
+    try:
+        a, b = (implementation_of(text, exact=arguments.exact) for text in (arguments.a, arguments.b))
+    except ValueError as error:
+        arguments.usage(str(error))
+    names = ("other", "images", "preprocess", "seed", "draws", "explain", "exact", "predict_devices", "html", "force")
+    options = {name: getattr(arguments, name) for name in names}
+    report = parity(arguments.source, a=a, b=b, count=arguments.count or 1, reading=reading_options(arguments), **options)
+    print(json.dumps(as_dict(report)) if arguments.json else as_text(report))
+    if not report.passed:
         sys.exit(1)
 
 
 def draw(arguments: argparse.Namespace) -> None:
-    from .draw import run
+    if arguments.what == "stem":
+        refuse_ignored(arguments, ["blocks"], "the stem is in no block; leave it out")
+    if arguments.what == "norms":
+        refuse_ignored(arguments, ["units"], "norms are of whole arrays; leave it out")
+    from .commands.draw import check_path, draw_norms, draw_stem, draw_tokens, require_matplotlib, save
 
-    run(arguments)
+    path, force = arguments.picture, arguments.force
+    require_matplotlib()
+    check_path(path, source=arguments.source, force=force)
+    checkpoint = read(arguments.source, reading_options(arguments))
+    verbs: dict[str, Callable[..., Figure]] = {"tokens": draw_tokens, "stem": draw_stem, "norms": draw_norms}
+    given = {name: getattr(arguments, name) for name in ("blocks", "units") if getattr(arguments, name) is not None}
+    figure = verbs[arguments.what](checkpoint, **given)
+    save(figure, path, force=force)
+    print(f"{path}: {figure.get_suptitle()}")
 
 
-def _config(arguments: argparse.Namespace) -> MixerConfig:
-    name = arguments.source
-    if Path(name).exists() or Path(name).suffix or is_published(name):
-        refuse_ignored(arguments, ["num_classes"], f"is of a variant, and {name} is a file, which has its own")
-        return read_asked(arguments).config
-    reading = ["blocks", "variant", "dtype", "key", "allow_nonfinite"]
-    refuse_ignored(arguments, reading, f"is of a file, and {name} is none; leave it out")
-    try:
-        variant_sizes(name)
-    except ValueError as error:
-        raise CheckpointError(f"{name}: no such file, and {error}") from None
-    classes = 1000 if arguments.num_classes is None else arguments.num_classes
-    try:
-        return MixerConfig.named(name, num_classes=classes, image_size=arguments.image_size or 224)
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from None
+def _model_options(arguments: argparse.Namespace) -> "ModelOptions":
+    from .commands.model_options import ModelOptions
+
+    options = {name: getattr(arguments, name) for name in ("source", "implementation", "labels", "batch_size", "threads")}
+    options |= {"preprocessing": arguments.preprocess, "use_exif": arguments.exif}
+    return ModelOptions(reading=reading_options(arguments), **options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,135 +131,132 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mixer-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_summary, _add_demo, _add_predict, _add_evaluate, _add_parity, _add_draw):
+        add(commands)
+    return parser
 
-    command = commands.add_parser("summary", help="parameters and FLOPs of a variant or a file, by module")
-    command.add_argument("source", metavar="NAME|FILE", help="B/16 and the like, or a checkpoint")
-    command.add_argument(
-        "--num-classes", type=whole_number(0), metavar="N", help="of a variant; a file has its own (default: 1000)"
-    )
-    command.add_argument("--json", action="store_true", help="one line of JSON")
+
+def _command(
+    commands: Subparsers, run: Callable[[argparse.Namespace], None], help: str, *, example: str | None = None
+) -> argparse.ArgumentParser:
+    epilog = f"example: python -m mixer_jax {example}" if example else None
+    command = commands.add_parser(run.__name__, help=help, epilog=epilog)
+    command.set_defaults(run=run, usage=command.error)
+    return command
+
+
+def _add_summary(commands: Subparsers) -> None:
+    command = _command(commands, summary, "parameters and FLOPs of a variant or a file, by module")
+    command.add_argument("source", metavar="NAME|FILE", help="a variant such as B/16, or a checkpoint")
+    command.add_argument("--num-classes", type=whole_number(0), metavar="N", help="classes of a variant (default: 1000)")
+    command.add_argument("--json", action="store_true", help="print one line of JSON")
     add_reading_options(command)
-    command.set_defaults(run=summary, usage=command.error)
 
-    command = commands.add_parser("demo", help="train on digits, convert, compare; or the latter two with a released file")
-    command.add_argument("weights", nargs="?", type=Path, metavar="Mixer-B_16.npz", help="start from this file")
-    command.add_argument("--folder", type=Path, help="where files go (default: demo-output)")
-    command.add_argument("--validate", action="store_true", help="judge the recipe on a part of the training digits")
-    command.set_defaults(run=demo, usage=command.error)
 
-    command = commands.add_parser(
-        "predict",
-        help="classes of photographs, or their features",
-        epilog="example: python -m mixer_jax predict Mixer-B_16.npz cat.jpg holiday/ --top 3",
-    )
-    _add_image_options(command)
+def _add_demo(commands: Subparsers) -> None:
+    command = _command(commands, demo, "train on digits, convert, compare Flax with PyTorch; or start from a released file")
+    command.add_argument("weights", nargs="?", type=Path, metavar="Mixer-B_16.npz", help="convert and compare this file")
+    command.add_argument("--folder", type=Path, default="demo-output", help="write files here (default: demo-output)")
+
+
+def _add_predict(commands: Subparsers) -> None:
+    example = "predict Mixer-B_16.npz cat.jpg holiday/ --top 3"
+    command = _command(commands, predict, "classes of photographs, or their features", example=example)
+    _add_image_options(command, exif=True)
     command.add_argument("images", nargs="+", metavar="IMAGE", help="an image, a folder, or - for a list on standard input")
-    command.add_argument("--top", type=whole_number(1), metavar="K", help="so many classes an image (default: 5)")
-    command.add_argument("--json", action="store_true", help="one line of JSON an image")
-    command.add_argument(
-        "--features", type=Path, metavar="OUT.npy", help="write what the head sees: a row an image, NaN for an unreadable one"
-    )
-    command.add_argument("--against", choices=PREPROCESSING, metavar="NAME", help="another preprocessing to compare with")
-    command.add_argument("--ignore-exif", action="store_true", help="do not turn images upright")
+    command.add_argument("--top", type=whole_number(1), metavar="K", help="show the K best classes (default: 5)")
+    command.add_argument("--json", action="store_true", help="print one line of JSON for each image")
+    rows = "write the head's input, a row an image, NaN for an unreadable one"
+    command.add_argument("--features", type=Path, metavar="OUT.npy", help=rows)
+    command.add_argument("--against", choices=PREPROCESSING_NAMES, metavar="NAME", help="compare with this preprocessing")
     command.add_argument("--force", action="store_true", help="replace OUT.npy")
-    command.set_defaults(run=predict, usage=command.error)
 
-    command = commands.add_parser(
-        "evaluate",
-        help="accuracy on a folder of class folders",
-        epilog="example: python -m mixer_jax evaluate Mixer-B_16.npz imagenet/val",
-    )
-    _add_image_options(command)
-    command.add_argument("folder", metavar="FOLDER", help="has a folder for each class: named by label, by synset, or sorted")
-    command.add_argument("--json", action="store_true", help="one line of JSON with all figures")
+
+def _add_evaluate(commands: Subparsers) -> None:
+    example = "evaluate Mixer-B_16.npz imagenet/val"
+    command = _command(commands, evaluate, "accuracy on a folder with a folder for each class", example=example)
+    _add_image_options(command, exif=False)
+    command.add_argument("folder", metavar="FOLDER", help="has a folder for each class: named by label or synset, or sorted")
+    command.add_argument("--json", action="store_true", help="print all figures as one line of JSON")
     command.add_argument("--confusion", type=Path, metavar="OUT.png", help="draw which class is taken for which")
-    command.add_argument("--upright", action="store_true", help="turn images as EXIF says; published evaluations do not")
     command.add_argument("--force", action="store_true", help="replace OUT.png")
-    command.set_defaults(run=evaluate, usage=command.error)
 
+
+def _add_parity(commands: Subparsers) -> None:
     command = commands.add_parser(
         "parity",
-        help="whether two implementations compute the same, where they part, and why",
-        description="SIDE is NAME[:DEVICE[:DTYPE[:PRECISION]]], as in torch:gpu:bfloat16:default. NAME is flax, torch, timm or "
-        "referee; DEVICE cpu, gpu or tpu; PRECISION, that of products, highest, high or default. Exit code: 0 yes, 1 no.",
+        help="whether two implementations compute the same, where they start to differ, and why",
+        description="An implementation (IMPL) is NAME[:DEVICE[:DTYPE[:PRECISION]]], as in torch:gpu:bfloat16:default. NAME is "
+        "flax, torch, timm or numpy (the paper's equations in float64); DEVICE is cpu, gpu or tpu; PRECISION, of matmuls, is "
+        "highest, high or default. Exit code: 0 yes, 1 no.",
         epilog="example: python -m mixer_jax parity Mixer-B_16.npz --a flax:gpu --b torch:cpu --html parity.html",
     )
     command.add_argument("source", metavar="FILE", help="a checkpoint")
-    command.add_argument("other", nargs="?", metavar="FILE_B", help="the second side's, if it is another")
-    command.add_argument("--a", type=_side, metavar="SIDE", help="the first side (default: flax)")
-    command.add_argument("--b", type=_side, metavar="SIDE", help="the second side (default: torch)")
-    command.add_argument("--images", nargs="+", metavar="PATH", help="images or folders of them (default: noise)")
-    command.add_argument("--preprocess", choices=PREPROCESSING, metavar="NAME", help="of images (default: what the file says)")
-    command.add_argument("--count", type=whole_number(1), metavar="N", help="images of noise (default: 2)")
-    command.add_argument("--seed", type=whole_number(0), default=0, help="of noise and of the budget's draws (default: 0)")
-    command.add_argument("--draws", type=_draws, default=8, metavar="N", help="for the budget, 8 (default) or more")
-    command.add_argument("--explain", action="store_true", help="how much of the gap each choice makes, and what is left")
-    command.add_argument("--exact", action="store_true", help="in float64: are the logits the same float32 numbers")
-    command.add_argument("--predict", action="store_true", help="what GPUs and TPUs are expected to give")
-    command.add_argument("--self-test", action="store_true", help="identities of FILE on the first side alone")
-    command.add_argument("--json", action="store_true", help="one line of JSON")
+    command.add_argument("other", nargs="?", metavar="FILE_B", help="checkpoint of the second implementation (default: FILE)")
+    command.add_argument("--a", default="flax", metavar="IMPL", help="first implementation (default: flax)")
+    command.add_argument("--b", default="torch", metavar="IMPL", help="second implementation (default: torch)")
+    command.add_argument("--images", nargs="+", metavar="PATH", help="images or folders of images (default: noise)")
+    command.add_argument(
+        "--preprocess", choices=PREPROCESSING_NAMES, metavar="NAME", help="preprocessing of images (default: the file's)"
+    )
+    command.add_argument("--count", type=whole_number(1), metavar="N", help="number of noise images (default: 1)")
+    command.add_argument(
+        "--seed", type=whole_number(0), default=0, metavar="N", help="seed of noise and simulated rounding (default: 0)"
+    )
+    command.add_argument(
+        "--draws",
+        type=whole_number(8),
+        default=8,
+        metavar="N",
+        help="simulated runs for the tolerance, at least 8 (default: 8)",
+    )
+    command.add_argument("--explain", action="store_true", help="show how much of the difference each choice makes")
+    command.add_argument("--exact", action="store_true", help="compare in float64: are the logits the same float32 numbers?")
+    command.add_argument("--predict-devices", action="store_true", help="show what GPUs and TPUs are expected to give")
+    command.add_argument("--json", action="store_true", help="print one line of JSON")
     command.add_argument("--html", type=Path, metavar="OUT.html", help="write the report as one page")
     command.add_argument("--force", action="store_true", help="replace OUT.html")
     add_reading_options(command)
     command.set_defaults(run=parity, usage=command.error)
 
-    command = commands.add_parser(
-        "draw",
-        help="a picture of a file's weights, as in the paper",
-        epilog="example: python -m mixer_jax draw Mixer-B_16.npz tokens.png --only 0,1,5",
-    )
+
+def _add_draw(commands: Subparsers) -> None:
+    example = "draw Mixer-B_16.npz tokens.png --blocks 0-3,11"
+    command = _command(commands, draw, "a picture of a file's weights, as in the paper", example=example)
     command.add_argument("source", metavar="FILE", help="a checkpoint")
-    command.add_argument("picture", type=Path, metavar="OUT.png", help="or .pdf or .svg")
-    command.add_argument(
-        "--what",
-        choices=("tokens", "stem", "norms"),
-        default="tokens",
-        help="token-mixing units beside their closest inverses, units of the stem, or norms by block (default: tokens)",
-    )
-    command.add_argument(
-        "--only", type=_numbers, metavar="0,1,5", help="these blocks (default: the first three; all for the norms)"
-    )
-    command.add_argument("--units", type=whole_number(1), metavar="N", help="the first so many units as drawn (default: all)")
+    command.add_argument("picture", type=Path, metavar="OUT.png", help="the picture to write, or .pdf or .svg")
+    names, what = ("tokens", "stem", "norms"), "token-mixing units, units of the stem, or the RMS of every array by block"
+    command.add_argument("--what", choices=names, default="tokens", help=f"{what} (default: tokens)")
+    command.add_argument("--blocks", type=_blocks, metavar="0,1-3", help="blocks to draw (default: the first 3; norms: all)")
+    command.add_argument("--units", type=whole_number(1), metavar="N", help="draw only the first N units (default: all)")
     command.add_argument("--force", action="store_true", help="replace OUT.png")
     add_reading_options(command)
-    command.set_defaults(run=draw, usage=command.error)
-    return parser
 
 
-def _add_image_options(command: argparse.ArgumentParser) -> None:
+def _add_image_options(command: argparse.ArgumentParser, *, exif: bool) -> None:
+    preprocessings = f"{', '.join(PREPROCESSING_NAMES)} (default: the file's)"
     command.add_argument("source", metavar="FILE", help="a checkpoint")
-    command.add_argument(
-        "--preprocess", choices=PREPROCESSING, metavar="NAME", help=f"{', '.join(PREPROCESSING)} (default: what the file says)"
-    )
+    command.add_argument("--preprocess", choices=PREPROCESSING_NAMES, metavar="NAME", help=preprocessings)
     command.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one a line")
-    command.add_argument(
-        "--batch", type=whole_number(1), metavar="N", help="images computed at once (default: 8 on a CPU, else 64)"
-    )
-    command.add_argument("--threads", type=whole_number(1), metavar="N", help="that decode images (default: one a core)")
-    command.add_argument("--side", choices=("flax", "twin"), default="flax", help="the model that computes (default: flax)")
+    usual = "images computed at once (default: 8 on a CPU, else 64)"
+    command.add_argument("--batch-size", type=whole_number(1), metavar="N", help=usual)
+    command.add_argument("--threads", type=whole_number(1), metavar="N", help="image-decoding threads (default: one per core)")
+    yes_or_no, names = argparse.BooleanOptionalAction, ("flax", "torch")
+    command.add_argument("--exif", action=yes_or_no, default=exif, help="rotate images by their EXIF orientation")
+    command.add_argument("--implementation", choices=names, default="flax", help="model that computes (default: flax)")
     add_reading_options(command)
 
 
-def _numbers(text: str) -> list[int]:
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of blocks: 0,1,5")
-    return [int(part) for part in text.split(",")]
-
-
-def _draws(text: str) -> int:
-    draws = whole_number(1)(text)
-    if draws < 8:
-        raise argparse.ArgumentTypeError("fewer than 8 draws say too little")
-    return draws
-
-
-def _side(text: str) -> "Side":
-    from .sides import Side
-
-    try:
-        return Side.parsed(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _blocks(text: str) -> list[int]:
+    """ "0,1-3" as an argument."""
+    blocks: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        last = last if "-" in part else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 1000):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of blocks such as 0,1-3")
+        blocks += range(int(first), int(last) + 1)
+    return blocks
 
 
 def entry() -> None:

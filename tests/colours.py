@@ -1,8 +1,10 @@
-"""A Mixer whose answer is known: it says which colour an image has most of."""
+"""A Mixer whose best class is known: the colour that an image has most of."""
 
 import numpy as np
+from conftest import WITHOUT_TORCH, random_weights
 from PIL import Image
 
+import mixer_jax
 from convert import Checkpoint, MixerConfig, write
 
 COLOURS = {
@@ -27,25 +29,10 @@ CONFIG = MixerConfig(
 def weights(classes=6, at=range(6)):
     """Three channels are the means of red, green and blue; both MLPs add nothing; the head scores each colour by its angle.
 
-    `at` says which classes the colours are; every other one has a logit of -100.
+    `at` are the classes of the colours; every other class has a logit of -100.
     """
-    shapes = {
-        "stem/kernel": (4, 4, 3, 3),
-        "stem/bias": (3,),
-        "MixerBlock_0/token_mixing/Dense_0/kernel": (4, 2),
-        "MixerBlock_0/token_mixing/Dense_0/bias": (2,),
-        "MixerBlock_0/token_mixing/Dense_1/kernel": (2, 4),
-        "MixerBlock_0/token_mixing/Dense_1/bias": (4,),
-        "MixerBlock_0/channel_mixing/Dense_0/kernel": (3, 5),
-        "MixerBlock_0/channel_mixing/Dense_0/bias": (5,),
-        "MixerBlock_0/channel_mixing/Dense_1/kernel": (5, 3),
-        "MixerBlock_0/channel_mixing/Dense_1/bias": (3,),
-        "head/kernel": (3, classes),
-        "head/bias": (classes,),
-    }
-    arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    for norm in ("MixerBlock_0/LayerNorm_0", "MixerBlock_0/LayerNorm_1", "pre_head_layer_norm"):
-        arrays |= {f"{norm}/scale": np.ones(3, np.float32), f"{norm}/bias": np.zeros(3, np.float32)}
+    arrays = random_weights(CONFIG.replace(num_classes=classes))
+    arrays = {name: np.full_like(array, name.endswith("scale")) for name, array in arrays.items()}  # zeros, scales of 1
     arrays["stem/kernel"][:] = np.eye(3) / 16
     directions = np.array(list(COLOURS.values())) / 255
     directions -= directions.mean(axis=1, keepdims=True)
@@ -56,9 +43,19 @@ def weights(classes=6, at=range(6)):
 
 
 def checkpoint(path, *, labels=tuple(COLOURS), **options):
-    said = {"preprocessing": "resmall_crop"} | ({} if labels is None else {"labels": list(labels)})
-    write(path, Checkpoint.from_arrays(weights(**options), said=said))
+    metadata = {"preprocessing": "resmall_crop"} | ({} if labels is None else {"labels": list(labels)})
+    write(path, Checkpoint.from_arrays(weights(**options), metadata=metadata))
     return path
+
+
+def models(source):
+    """The Flax model of a checkpoint, and the PyTorch model where there is PyTorch."""
+    loaded = [mixer_jax.load(source)]
+    if not WITHOUT_TORCH:
+        from mixer_jax import torch_pretrained
+
+        loaded.append(torch_pretrained.load(source))
+    return loaded
 
 
 def plain(colour, size=(20, 16)):
