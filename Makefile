@@ -5,48 +5,48 @@ BIN := .venv/bin
 LATEST := .venv-latest/bin
 H100 := .venv-h100/bin
 PEERS := .venv-peers/bin
+PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 WITH_H100 = $(if $(wildcard $(H100)/python),--h100-python $(H100)/python)
 
-.PHONY: demo test test-heavy test-latest test-h100 parity-devices verify bench bench-quick bench-compiled picture lint format clean
+.PHONY: demo test test-heavy test-latest test-h100 parity-devices verify bench bench-quick bench-ahead-of-time picture lint format clean
 
 demo: .venv/installed  ## train on digits, convert, compare; WEIGHTS=Mixer-B_16.npz starts from a released file
 	$(BIN)/python -m mixer_jax demo $(WEIGHTS)
 
 test: .venv/installed  ## the whole suite, save for what takes minutes
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-heavy: .venv/installed  ## what takes minutes or gigabytes
 	$(BIN)/python -m pytest -m heavy
 
 test-latest: .venv-latest/installed  ## the newest JAX and Flax on the newest Python found, without PyTorch
-	WITHOUT_TORCH=1 $(LATEST)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	WITHOUT_TORCH=1 OMP_NUM_THREADS=1 $(LATEST)/python $(PYTEST)
 
-test-h100: .venv-h100/installed  ## what an H100 would be given to run; 5 GB of packages, no GPU
-	$(H100)/python -m pytest -m h100 tests/test_compiled.py
+test-h100: .venv-h100/installed  ## compile for an H100 and test the program; 5 GB of packages, no GPU needed
+	$(H100)/python -m pytest -m h100 tests/test_ahead_of_time.py
 
-parity-devices: .venv/installed  ## every device here against every other; writes parity-devices.json and .html to attach
+parity-devices: .venv/installed  ## compare all devices of this machine; writes parity-devices.json and .html
 	$(BIN)/python benchmarks/devices.py $(WEIGHTS) --force
 
-verify: $(if $(WEIGHTS),.venv/installed)  ## fingerprint, self-test and parity of WEIGHTS=Mixer-B_16.npz
+verify: $(if $(WEIGHTS),.venv/installed)  ## fingerprint and parity of WEIGHTS=Mixer-B_16.npz
 	$(if $(WEIGHTS),,$(error usage: make verify WEIGHTS=Mixer-B_16.npz))
 	$(BIN)/python -m convert inspect $(WEIGHTS)
-	$(BIN)/python -m mixer_jax parity $(WEIGHTS) --self-test
 	$(BIN)/python -m mixer_jax parity $(WEIGHTS) --explain --html verify.html --force
 
-bench: .venv/installed .venv-peers/installed  ## every figure beside its peers', most of an hour; the chart of the README
+bench: .venv/installed .venv-peers/installed  ## measure everything beside its peers, and draw the chart; about an hour
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/conversion.py --json benchmarks/results/conversion.json
 	$(BIN)/python benchmarks/predict.py --json benchmarks/results/predict.json
-	$(BIN)/python benchmarks/compiled.py --json benchmarks/results/compiled.json $(WITH_H100)
+	$(BIN)/python benchmarks/ahead_of_time.py --json benchmarks/results/ahead_of_time.json $(WITH_H100)
 	$(BIN)/python benchmarks/chart.py
 
-bench-quick: .venv/installed  ## a small model, no peers' environment: whether all sides agree
+bench-quick: .venv/installed  ## check on a small model that all implementations agree
 	$(BIN)/python benchmarks/run.py --quick
 
-bench-compiled: .venv/installed  ## programs for TPU v5e, and for an H100 where test-h100 has installed its packages
-	$(BIN)/python benchmarks/compiled.py $(WITH_H100)
+bench-ahead-of-time: .venv/installed  ## compile for a TPU v5e, and for an H100 after make test-h100
+	$(BIN)/python benchmarks/ahead_of_time.py $(WITH_H100)
 
-picture: .venv/installed  ## docs/token-mixing.png: train a small Mixer on two photographs, draw its units
+picture: .venv/installed  ## train a small Mixer on two photographs and draw its units: docs/token-mixing.png
 	$(BIN)/python benchmarks/picture.py
 
 lint: .venv/installed

@@ -1,7 +1,7 @@
 """MLP-Mixer (Tolstikhin et al. 2021) in JAX with the released weights, mirrored in PyTorch.
 
-Importing this imports neither jax nor torch: every public name is looked up when it is first used. The PyTorch twin is
-the module `mixer_jax.torch_model`.
+Importing this imports neither jax nor torch: every public name is looked up when it is first used. For PyTorch the same is
+in `mixer_jax.torch_model` (the model) and `mixer_jax.torch_pretrained` (load and save).
 """
 
 import importlib
@@ -25,6 +25,8 @@ _require_own_convert()
 from convert import VARIANTS, CheckpointError, MixerConfig, __version__, list_models  # noqa: E402
 
 if TYPE_CHECKING:
+    from .commands.evaluate import evaluate as evaluate
+    from .commands.predict import predict as predict
     from .inference import compiled as compiled
     from .model import MlpMixer as MlpMixer
     from .preprocess import prepare as prepare
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "MlpMixer": ".model",
     "compiled": ".inference",
+    "evaluate": ".commands.evaluate",
     "load": ".pretrained",
+    "predict": ".commands.predict",
     "prepare": ".preprocess",
     "save": ".pretrained",
 }
@@ -46,8 +50,10 @@ __all__ = [
     "MlpMixer",
     "__version__",
     "compiled",
+    "evaluate",
     "list_models",
     "load",
+    "predict",
     "prepare",
     "save",
 ]

@@ -1,18 +1,15 @@
 """MLP-Mixer in Flax NNX (paper, section 2). Smallest part first, the model last.
 
-Blocks are stacked: one MixerBlock whose weights have a leading axis over the depth, so that compiling takes the same
-time at any depth. A `tap(name, array) -> array` sees the result of every operation and returns what the forward pass goes
-on with; names are those of `mixer_jax.referee`. The random bits of dropout and stochastic depth come from a source of
-`mixer_jax.masks`: drawn from a key, or the caller's, so that two frameworks can train with the same ones.
+Blocks are stacked: one MixerBlock whose weights have a leading axis over the depth, so that the time to compile does not
+grow with depth. What a hook sees and what masks replace is in `mixer_jax.hooks`.
 """
 
 __all__ = ["MlpMixer"]
 
-import functools
-import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,68 +17,53 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from flax.errors import TraceContextError
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from convert import MixerConfig
 from convert.dtypes import weights_dtype
 
-from .images import check_images, require_array
-from .masks import check_mask
+from .blocks import Array, Masks, block_function, block_of, random_masks
+from .hooks import check_mask, no_hook, under
+from .inputs import check_images, require_array
 
-Array = jax.Array
-Tap = Callable[[str, Array], Array]
-Masks = Callable[[str, tuple[int, ...], float | Array], ArrayLike]
-Randomness: TypeAlias = Array | nnx.Rngs | nnx.RngStream | None  # what a call draws with
-Precision = jax.lax.PrecisionLike
+Hook = Callable[[str, Array], Array]
+Randomness: TypeAlias = Array | nnx.Rngs | nnx.RngStream | None  # a key, or where to take one from
 
 
-def identity(name: str, array: Array) -> Array:
-    return array
+@dataclass(frozen=True)
+class Numerics:
+    """Dtypes of the computation (None: that to which inputs and weights promote) and of the weights; precision of matmuls."""
 
-
-def drawn(key: Array) -> Masks:
-    """Masks drawn anew, each from the key and its own name."""
-
-    def masks(name: str, shape: tuple[int, ...], keep: float | Array) -> Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(name.encode())), keep, shape)
-
-    return masks
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    precision: jax.lax.PrecisionLike
 
 
 class Stem(nnx.Module):
-    """One product for every patch: images (b, h, w, i) -> tokens (b, n, o), row by row."""
+    """One matmul for every patch: images (b, h, w, i) -> tokens (b, n, o) in row-major order."""
 
-    def __init__(
-        self,
-        config: MixerConfig,
-        *,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        precision: Precision,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: MixerConfig, numerics: Numerics, *, rngs: nnx.Rngs):
         shape = (*config.patch_size, config.in_channels, config.hidden_dim)
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(config.hidden_dim, param_dtype))
-        self.dtype, self.precision = dtype, precision
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, numerics.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(config.hidden_dim, numerics.param_dtype))
+        self.dtype, self.precision = numerics.dtype, numerics.precision
 
     def __call__(self, images: Array) -> Array:
         images, kernel, bias = nnx.nn.dtypes.promote_dtype((images, self.kernel[...], self.bias[...]), dtype=self.dtype)
-        # A product beats a convolution on the CPU and loses to it on a TPU.
-        product, convolution = (partial(f, precision=self.precision) for f in (_stem_product, _stem_convolution))
-        return jax.lax.platform_dependent(images, kernel, cpu=product, default=convolution) + bias
+        # A matmul is faster than a convolution on a CPU and slower on a TPU.
+        matmul, convolution = (partial(f, precision=self.precision) for f in (_stem_matmul, _stem_convolution))
+        return jax.lax.platform_dependent(images, kernel, cpu=matmul, default=convolution) + bias
 
 
-def _stem_product(images: Array, kernel: Array, *, precision: Precision) -> Array:
+def _stem_matmul(images: Array, kernel: Array, *, precision: jax.lax.PrecisionLike) -> Array:
     h, w, _, _ = kernel.shape
-    rows = rearrange(images, "b (gh h) w i -> b gh h w i", h=h)  # axis by axis, as a mesh with explicit axes needs it
+    rows = rearrange(images, "b (gh h) w i -> b gh h w i", h=h)  # axis by axis: a mesh with explicit axes needs it
     patches = rearrange(rearrange(rows, "b gh h (gw w) i -> b gh gw h w i", w=w), "b gh gw h w i -> b gh gw (h w i)")
     grid = jnp.matmul(patches, rearrange(kernel, "h w i o -> (h w i) o"), precision=precision)
     return rearrange(grid, "b gh gw o -> b (gh gw) o")
 
 
-def _stem_convolution(images: Array, kernel: Array, *, precision: Precision) -> Array:
+def _stem_convolution(images: Array, kernel: Array, *, precision: jax.lax.PrecisionLike) -> Array:
     h, w, _, _ = kernel.shape
     grid = jax.lax.conv_general_dilated(
         images, kernel, (h, w), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
@@ -90,7 +72,7 @@ def _stem_convolution(images: Array, kernel: Array, *, precision: Precision) -> 
 
 
 class Dropout(nnx.Module):
-    """Zeroes a share of the values and divides the others by the share that is kept."""
+    """Sets values to zero at a rate and divides the others by the rate that is kept."""
 
     def __init__(self, rate: float):
         self.rate = rate
@@ -99,83 +81,54 @@ class Dropout(nnx.Module):
     def __call__(self, x: Array, name: str, masks: Masks | None) -> Array:
         if self.deterministic or masks is None or not self.rate:
             return x
-        keep = 1 - self.rate
-        return jnp.where(masks(name, x.shape, keep), x / keep, 0)
+        keep_rate = 1 - self.rate
+        return jnp.where(masks(name, x.shape, keep_rate), x / keep_rate, 0)
 
 
 class MlpBlock(nnx.Module):
-    """Two products with a GELU between, over the last axis."""
+    """Two matmuls with a GELU in between, over the last axis."""
 
-    def __init__(
-        self,
-        features: int,
-        hidden: int,
-        *,
-        gelu: str,
-        dropout_rate: float,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        precision: Precision,
-        rngs: nnx.Rngs,
-    ):
-        dense = partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
+    def __init__(self, features: int, hidden: int, numerics: Numerics, *, gelu: str, dropout_rate: float, rngs: nnx.Rngs):
+        dense = partial(nnx.Linear, **vars(numerics), rngs=rngs)
         self.dense_0 = dense(features, hidden)
         self.dense_1 = dense(hidden, features)
         self.dropout = Dropout(dropout_rate)
         self.gelu = gelu
 
-    def __call__(self, x: Array, *, masks: Masks | None, tap: Tap) -> Array:
-        x = tap("dense_0", self.dense_0(x))
-        x = tap("gelu", _gelu(x, self.gelu))
+    def __call__(self, x: Array, *, masks: Masks | None, hook: Hook) -> Array:
+        x = hook("dense_0", self.dense_0(x))
+        x = hook("gelu", _gelu(x, self.gelu))
         x = self.dropout(x, "dropout_0", masks)
-        x = tap("dense_1", self.dense_1(x))
+        x = hook("dense_1", self.dense_1(x))
         return self.dropout(x, "dropout_1", masks)
 
 
 def _gelu(x: Array, kind: str) -> Array:
-    """In float32 or better, rounded once. Bfloat16 would round at each step, and takes longer on a CPU."""
+    """In float32 or better, rounded once: bfloat16 would round at each step, and is slower on a CPU."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return nnx.gelu(wide, approximate=kind == "tanh").astype(x.dtype)  # the released weights were trained with tanh
 
 
 class StochasticDepth(nnx.Module):
-    """Drops a residual branch (b, n, c) for whole images; `rescale` divides what is kept by the share that is kept."""
+    """Drops a residual branch (b, n, c) for whole images; `rescale` divides kept branches by the rate that is kept."""
 
     def __init__(self, *, rescale: bool):
         self.rescale = rescale
         self.deterministic = False
 
-    def __call__(self, x: Array, name: str, masks: Masks | None, keep: float | Array | None) -> Array:
-        if self.deterministic or masks is None or keep is None:  # None: the branch always stays
+    def __call__(self, x: Array, name: str, masks: Masks | None, keep_rate: float | Array | None) -> Array:
+        if self.deterministic or masks is None or keep_rate is None:  # None: the branch is always kept
             return x
-        kept = masks(name, (x.shape[0], 1, 1), keep)
-        return jnp.where(kept, x / jnp.asarray(keep, x.dtype) if self.rescale else x, 0)
+        kept = masks(name, (x.shape[0], 1, 1), keep_rate)
+        return jnp.where(kept, x / jnp.asarray(keep_rate, x.dtype) if self.rescale else x, 0)
 
 
 class MixerBlock(nnx.Module):
     """Mixes tokens, then channels, each with a residual connection: (b, n, c) -> (b, n, c)."""
 
-    def __init__(
-        self,
-        config: MixerConfig,
-        *,
-        dropout_rate: float,
-        rescale: bool,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        precision: Precision,
-        rngs: nnx.Rngs,
-    ):
-        norm = partial(_layer_norm, config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        mlp = partial(
-            MlpBlock,
-            gelu=config.gelu,
-            dropout_rate=dropout_rate,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
-            rngs=rngs,
-        )
+    def __init__(self, config: MixerConfig, numerics: Numerics, *, dropout_rate: float, rescale: bool, rngs: nnx.Rngs):
+        norm = partial(_layer_norm, config, numerics, rngs=rngs)
+        mlp = partial(MlpBlock, numerics=numerics, gelu=config.gelu, dropout_rate=dropout_rate, rngs=rngs)
         self.token_norm = norm()
         self.token_mixing = mlp(config.num_tokens, config.tokens_mlp_dim)
         self.channel_norm = norm()
@@ -183,33 +136,35 @@ class MixerBlock(nnx.Module):
         self.stochastic_depth = StochasticDepth(rescale=rescale)
 
     def __call__(
-        self, x: Array, keep: float | Array | None = None, masks: Masks | None = None, *, tap: Tap = identity
+        self, x: Array, keep_rate: float | Array | None = None, masks: Masks | None = None, *, hook: Hook = no_hook
     ) -> Array:
-        y = rearrange(tap("token_norm", self.token_norm(x)), "b n c -> b c n")
-        y = self.token_mixing(y, masks=_under("token_mixing", masks), tap=_under("token_mixing", tap))
+        y = rearrange(hook("token_norm", self.token_norm(x)), "b n c -> b c n")
+        y = self.token_mixing(y, masks=under("token_mixing", masks), hook=under("token_mixing", hook))
         y = rearrange(y, "b c n -> b n c")
-        x = tap("token_mixing/sum", x + self.stochastic_depth(y, "token_mixing/stochastic_depth", masks, keep))
-        y = tap("channel_norm", self.channel_norm(x))
-        y = self.channel_mixing(y, masks=_under("channel_mixing", masks), tap=_under("channel_mixing", tap))
-        return tap("channel_mixing/sum", x + self.stochastic_depth(y, "channel_mixing/stochastic_depth", masks, keep))
+        x = hook("token_mixing/sum", x + self.stochastic_depth(y, "token_mixing/stochastic_depth", masks, keep_rate))
+        y = hook("channel_norm", self.channel_norm(x))
+        y = self.channel_mixing(y, masks=under("channel_mixing", masks), hook=under("channel_mixing", hook))
+        return hook("channel_mixing/sum", x + self.stochastic_depth(y, "channel_mixing/stochastic_depth", masks, keep_rate))
 
 
 class MlpMixer(nnx.Module):
     """Images (b, h, w, channels) -> logits (b, classes), or features (b, hidden) if the config has no classes.
 
-    `dropout_rate` is that of every MLP; `stochastic_depth_rate` that of the last block, rising linearly from 0 in the
-    first, with kept branches divided by the share that is kept unless `rescale=False`. Both act after `train()`, not
-    after `eval()`, and draw from `rngs`: that of the call, a key or an nnx.Rngs, else the model's own stream, which only
-    Flax's transforms (nnx.jit, nnx.grad, ...) can advance. A call with a key, and any call after `eval()`, is a pure
-    function under every transform of JAX. `dtype` computes (None: what images and weights promote to), `param_dtype` stores,
-    `precision` is that of the products. The mean over tokens and the head are in float32 or better, so logits are too.
-    For the backward pass each block keeps its input and the results of three operations (`KEPT`) and computes LayerNorms and
-    GELUs again; with `remat` it keeps the input alone and computes most products again, too.
+    `dropout_rate` holds for every MLP. The rate of stochastic depth rises linearly from 0 in the first block to
+    `stochastic_depth_rate` in the last; kept branches are divided by the rate that is kept unless `rescale=False`. Both act
+    after `train()` only. Their random bits come from the `rngs` of the call, a key or an nnx.Rngs, or else from the model's
+    own stream, which only Flax's transforms (nnx.jit, nnx.grad, ...) can advance. A call with a key, and any call after
+    `eval()`, is a pure function under every transform of JAX.
 
-    With `masks`, a source as in `mixer_jax.masks`, a call draws nothing and runs the blocks one by one, as with a tap.
+    `dtype` is the dtype of the computation (None: that to which images and weights promote), `param_dtype` that of the
+    weights, `precision` that of the matmuls. The mean over tokens and the head are computed in float32 or better, and so
+    are the logits. For the backward pass each block saves its input and the results of three operations (`SAVED`) and
+    recomputes the rest; with `remat` it saves its input alone.
 
-    Raises ValueError for images of another shape or of integers, for float64 while JAX is not told to allow it, and for
-    masks of another shape or dtype.
+    With `masks` or a hook the blocks are run one by one.
+
+    Raises ValueError for images of another shape or of integers, for float64 unless JAX allows it, and for masks of another
+    shape or dtype.
     """
 
     labels: tuple[str, ...] | None = None
@@ -225,7 +180,7 @@ class MlpMixer(nnx.Module):
         rescale: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: Precision = None,
+        precision: jax.lax.PrecisionLike = None,
         remat: bool = False,
     ):
         for name, rate in (("dropout_rate", dropout_rate), ("stochastic_depth_rate", stochastic_depth_rate)):
@@ -235,19 +190,12 @@ class MlpMixer(nnx.Module):
         param_dtype = weights_dtype(param_dtype, "param_dtype")
         for name, wanted in (("dtype", dtype), ("param_dtype", param_dtype)):
             require_x64(wanted, f"{name}=float64")
-        block = partial(
-            MixerBlock,
-            config,
-            dropout_rate=dropout_rate,
-            rescale=rescale,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
-        )
+        numerics = Numerics(dtype, param_dtype, precision)
+        block = partial(MixerBlock, config, numerics, dropout_rate=dropout_rate, rescale=rescale)
         self.config = config
-        self.stem = Stem(config, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
+        self.stem = Stem(config, numerics, rngs=rngs)
         self.blocks = nnx.vmap(lambda rngs: block(rngs=rngs))(rngs.split(config.num_blocks))
-        self.pre_head_norm = _layer_norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.pre_head_norm = _layer_norm(config, numerics, rngs=rngs)
         head = partial(nnx.Linear, kernel_init=nnx.initializers.zeros_init(), param_dtype=param_dtype, precision=precision)
         self.head = head(config.hidden_dim, config.num_classes, rngs=rngs) if config.num_classes else None
         self.dropout_rate, self.stochastic_depth_rate = dropout_rate, stochastic_depth_rate
@@ -256,51 +204,56 @@ class MlpMixer(nnx.Module):
         self.seed(rngs)
 
     def seed(self, rngs: nnx.Rngs) -> None:
-        """Draw dropout and stochastic depth from `rngs` from now on."""
+        """Take the random bits of dropout and stochastic depth from `rngs` from now on."""
         random = self.dropout_rate or self.stochastic_depth_rate
         self.stream = nnx.data(rngs.dropout.fork() if random else None)
 
-    def __call__(self, images: ArrayLike, *, rngs: Randomness = None, tap: Tap = identity, masks: Masks | None = None) -> Array:
-        x = self.features(images, rngs=rngs, tap=tap, masks=masks)
-        return x if self.head is None else tap("head", self.head(x))
+    def __call__(
+        self, images: ArrayLike, *, rngs: Randomness = None, hook: Hook = no_hook, masks: Masks | None = None
+    ) -> Array:
+        x = self.features(images, rngs=rngs, hook=hook, masks=masks)
+        return x if self.head is None else hook("head", self.head(x))
 
-    def features(self, images: ArrayLike, *, rngs: Randomness = None, tap: Tap = identity, masks: Masks | None = None) -> Array:
-        """What the head sees: the mean over tokens of the normalised output, (b, hidden)."""
-        x = tap("stem", self.stem(self.checked(images)))
-        x = self._through_blocks(x, self._block_keys(rngs) if masks is None else None, tap, masks)
-        x = tap("pre_head_norm", self.pre_head_norm(x))
-        return tap("mean", x.mean(axis=1, dtype=jnp.promote_types(x.dtype, jnp.float32)))
+    def features(
+        self, images: ArrayLike, *, rngs: Randomness = None, hook: Hook = no_hook, masks: Masks | None = None
+    ) -> Array:
+        """The input of the head: the mean over tokens of the normalised output, (b, hidden)."""
+        x = hook("stem", self.stem(self.checked(images)))
+        x = self._run_blocks(x, self._block_keys(rngs) if masks is None else None, hook, masks)
+        x = hook("pre_head_norm", self.pre_head_norm(x))
+        return hook("mean", x.mean(axis=1, dtype=jnp.promote_types(x.dtype, jnp.float32)))
 
-    def _through_blocks(self, x: Array, keys: Array | None, tap: Tap, masks: Masks | None) -> Array:
-        count, plain = self.config.num_blocks, tap is identity and masks is None
-        keeps = 1 - np.linspace(0, self.stochastic_depth_rate, count) if self.stochastic_depth_rate else None
+    def _run_blocks(self, x: Array, keys: Array | None, hook: Hook, masks: Masks | None) -> Array:
+        """In a loop over the stacked weights. With a hook or masks one by one, so that every array and mask has a name."""
+        plain, keep_rates = hook is no_hook and masks is None, self._keep_rates()
         if plain and not isinstance(self.blocks, nnx.List):
-            graphdef, state = nnx.split(self.blocks)  # jax.lax.scan, not nnx.scan, which no plain transform of JAX takes
-            inputs = state, None if keeps is None else jnp.asarray(keeps), keys
-            return jax.lax.scan(_block_function(graphdef, self.remat, in_loop=True), x, inputs)[0]
-        for i in range(count):  # one by one, so that each array and each mask has a name of its own
-            keep = None if keeps is None or keeps[i] == 1 else float(keeps[i])
+            graphdef, state = nnx.split(self.blocks)  # jax.lax.scan, since nnx.scan fails under JAX's own transforms
+            rates = None if keep_rates is None else jnp.asarray(keep_rates)
+            return jax.lax.scan(block_function(graphdef, self.remat, in_loop=True), x, (state, rates, keys))[0]
+        for i in range(self.config.num_blocks):
+            rate = None if keep_rates is None or keep_rates[i] == 1 else float(keep_rates[i])
             key = None if keys is None else keys[i]
             if plain and self.remat:
                 graphdef, state = nnx.split(self.blocks[i])
-                x, _ = _block_function(graphdef, self.remat, in_loop=False)(x, (state, keep, key))
-                continue
-            own = None if key is None else drawn(key)
-            source = own if masks is None else _given(masks, f"blocks/{i}")
-            x = self.block(i)(x, keep, source, tap=_under(f"blocks/{i}", tap))
+                x, _ = block_function(graphdef, self.remat, in_loop=False)(x, (state, rate, key))
+            else:
+                own = None if key is None else random_masks(key)
+                x = self.block(i)(x, rate, own if masks is None else _checked(masks, i), hook=under(f"blocks/{i}", hook))
         return x
 
+    def _keep_rates(self) -> np.ndarray | None:
+        """The rate at which the residual branches of each block are kept; None without stochastic depth."""
+        rate = self.stochastic_depth_rate
+        return 1 - np.linspace(0, rate, self.config.num_blocks) if rate else None
+
     def block(self, index: int) -> MixerBlock:
-        """A block by itself. Where blocks are stacked its weights are a copy. Raises IndexError where there is none."""
+        """A block by itself; if the blocks are stacked, its weights are a copy. Raises IndexError for an index out of range."""
         if not -self.config.num_blocks <= index < self.config.num_blocks:
             raise IndexError(f"no block {index}: this model has {self.config.num_blocks}, counted from 0")
-        if isinstance(self.blocks, nnx.List):
-            return self.blocks[index]
-        graphdef, state = nnx.split(self.blocks)
-        return nnx.merge(graphdef, jax.tree.map(lambda leaf: _item(leaf, index), state))
+        return self.blocks[index] if isinstance(self.blocks, nnx.List) else block_of(self.blocks, index)
 
     def unstacked(self) -> Self:
-        """A copy of the model with each block's weights in arrays of their own. It shares no weight and no random stream."""
+        """A copy of the model whose blocks have arrays of their own. It shares no weight and no random stream."""
         graphdef, state = nnx.split(self)
         other = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # new variables
         if not isinstance(self.blocks, nnx.List):
@@ -308,7 +261,7 @@ class MlpMixer(nnx.Module):
         return other
 
     def checked(self, images: Any) -> Any:
-        """The images as an array of JAX, if the model can take them; a jax.ShapeDtypeStruct stays one."""
+        """The images as a JAX array, after all checks; a jax.ShapeDtypeStruct stays one."""
         require_array(images)
         images = images if hasattr(images, "dtype") and hasattr(images, "shape") else np.asarray(images)
         dtype = np.dtype(images.dtype)
@@ -318,7 +271,7 @@ class MlpMixer(nnx.Module):
         return images if isinstance(images, jax.ShapeDtypeStruct) else jnp.asarray(images)
 
     def _block_keys(self, rngs: Randomness) -> Array | None:
-        """A key for each block to draw with, or None where nothing is drawn."""
+        """A key for each block, or None if nothing is random."""
         if self.deterministic or self.stream is None:
             return None
         if isinstance(rngs, jax.Array):
@@ -333,62 +286,32 @@ class MlpMixer(nnx.Module):
             ) from None
 
 
-def _layer_norm(config: MixerConfig, *, dtype: DTypeLike | None, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _layer_norm(config: MixerConfig, numerics: Numerics, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         config.hidden_dim,
         epsilon=config.layer_norm_epsilon,
         use_fast_variance=False,  # E[x^2] - E[x]^2 loses all digits where the mean is large
-        dtype=dtype,
-        param_dtype=param_dtype,
+        dtype=numerics.dtype,
+        param_dtype=numerics.param_dtype,
         rngs=rngs,
     )
 
 
-# What a backward pass finds of each block beside its input; the rest is the work of moments on it.
-KEPT = ("token_mixing/dense_0", "token_mixing/sum", "channel_mixing/dense_0")
+def _checked(masks: Masks, block: int) -> Masks:
+    """The caller's masks for a block, each checked."""
 
-
-@functools.cache  # JAX knows a function by its identity: the same one is traced and compiled once
-def _block_function(graphdef: nnx.GraphDef, remat: bool, *, in_loop: bool) -> Callable[[Array, Any], tuple[Array, None]]:
-    """A block as a function of tokens and (state, keep, key), whose backward pass recomputes what KEPT does not name."""
-
-    def body(x: Array, inputs: tuple[Any, float | Array | None, Array | None]) -> tuple[Array, None]:
-        state, keep, key = inputs
-        block = nnx.merge(graphdef, state)
-        return block(x, keep, None if key is None else drawn(key), tap=lambda name, array: checkpoint_name(array, name)), None
-
-    policy = None if remat else jax.checkpoint_policies.save_only_these_names(*KEPT)
-    return jax.checkpoint(body, prevent_cse=not in_loop, policy=policy)
-
-
-Named = TypeVar("Named", Tap, Masks | None)
-
-
-def _under(prefix: str, function: Named) -> Named:
-    """A tap or a source of masks whose names start with a prefix."""
-    if function is None or function is identity:
-        return function
-    return lambda name, *rest: function(f"{prefix}/{name}", *rest)
-
-
-def _given(masks: Masks, prefix: str) -> Masks:
-    """The caller's masks for the block of this name, each checked."""
-
-    def source(name: str, shape: tuple[int, ...], keep: float | Array) -> Array:
-        mask = jnp.asarray(masks(f"{prefix}/{name}", shape, keep))
-        check_mask(f"{prefix}/{name}", mask.shape, mask.dtype.name, shape)
+    def checked(name: str, shape: tuple[int, ...], keep_rate: float | Array) -> Array:
+        name = f"blocks/{block}/{name}"
+        mask = jnp.asarray(masks(name, shape, keep_rate))
+        check_mask(name, mask.shape, mask.dtype.name, shape)
         return mask
 
-    return source
-
-
-def _item(leaf: Array, index: int) -> Array:
-    """One item of a stacked array: on a CPU without a copy where it is aligned, since arrays of JAX do not change."""
-    if isinstance(leaf, jax.core.Tracer) or [device.platform for device in leaf.devices()] != ["cpu"]:
-        return leaf[index]
-    return jax.device_put(np.asarray(leaf)[index], leaf.sharding if leaf.committed else None, may_alias=True)
+    return checked
 
 
 def require_x64(dtype: np.dtype | None, what: str) -> None:
+    """Raise ValueError if `what` is float64 and JAX does not allow it."""
     if dtype is not None and dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
-        raise ValueError(f"{what} needs 64-bit JAX: make, load and call the model `with jax.enable_x64(True):`, or use float32")
+        raise ValueError(
+            f"{what} needs 64-bit JAX: create, load and call the model `with jax.enable_x64(True):`, or use float32"
+        )

@@ -1,5 +1,5 @@
-"""Golden data, small random weights, and the rule for skips: none, but PyTorch's tests where WITHOUT_TORCH says so, and a
-device's where it is not there.
+"""Golden data, small random weights, and the rule for skips: only PyTorch's tests under WITHOUT_TORCH, and those of an absent
+device.
 """
 
 import json
@@ -19,11 +19,31 @@ HERE = Path(__file__).parent
 WITHOUT_TORCH = bool(os.environ.get("WITHOUT_TORCH"))
 SKIPPED: list[str] = []
 
+# For a test that holds of both models.
+both = pytest.mark.parametrize("framework", ["flax", pytest.param("torch", marks=pytest.mark.torch)])
+
+
+# One cache of compiled programs for all processes of the suite, which the next run finds again; `make clean` removes it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(HERE.parent / "build" / "jax-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture(scope="module")
+def unoptimised():
+    """XLA without its optimisations, which compiles in a third of the time: for claims that do not depend on rounding."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # so that no other module runs these programs
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if WITHOUT_TORCH and item.get_closest_marker("torch"):
-            item.add_marker(pytest.mark.skip(reason="WITHOUT_TORCH: the PyTorch side stays untested in this row"))
+            item.add_marker(pytest.mark.skip(reason="WITHOUT_TORCH: the PyTorch model stays untested in this row"))
 
 
 def pytest_runtest_setup(item):
@@ -35,10 +55,10 @@ def pytest_runtest_setup(item):
 
 @cache
 def absent(library: str, device: str) -> str | None:
-    """Why "flax" or "torch" has no such device here, asked of JAX and PyTorch alone; None where it has."""
+    """Why this machine has no such device for "flax" or "torch", according to JAX or PyTorch; None where it has one."""
     if (library, device) == ("libtpu", "v5e"):
-        there = sys.platform == "linux" and platform.machine() == "x86_64"
-        return None if there else "libtpu, which compiles for a TPU, is built for Linux on x86-64 alone"
+        supported = sys.platform == "linux" and platform.machine() == "x86_64"
+        return None if supported else "libtpu, which compiles for a TPU, is built for Linux on x86-64 alone"
     if (library, device) not in {("flax", "cpu"), ("flax", "gpu"), ("flax", "tpu"), ("torch", "cpu"), ("torch", "gpu")}:
         raise ValueError(f"no such device: {library}:{device}")
     if library == "torch":
@@ -140,7 +160,7 @@ TINY = MixerConfig(  # all lengths differ
 
 
 def random_weights(config: MixerConfig, seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """Weights in Google's names, spelled out here and not taken from the table that is under test.
+    """Weights in Google's names, spelled out here since the table of names is under test.
 
     Kernels are LeCun normal, scales 1 + 0.1 n, biases 0.1 n, sorted by name as Google's files are.
     """

@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 from conftest import TINY, random_images, random_weights
 from flax import nnx
-from sides import flax_model
+from implementations import flax_model
 
 import mixer_jax
-from mixer_jax import images as images_module
+from mixer_jax import inputs
 
-WEIGHTS = random_weights(TINY)
+pytestmark = pytest.mark.usefixtures("unoptimised")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return flax_model(WEIGHTS, TINY, param_dtype="float32")
+    return flax_model(random_weights(TINY), TINY, param_dtype="float32")
 
 
 @nnx.jit
@@ -23,30 +23,30 @@ def jitted(model, images):
     return model(images)
 
 
-@pytest.mark.parametrize("few", [2, 100])
+@pytest.mark.parametrize("microbatch", [2, 100])
 @pytest.mark.parametrize("unstack", [False, True])
-def test_slices_of_any_length_give_what_the_whole_batch_does(monkeypatch, model, few, unstack):
-    """Rows of a product may add up in another order where there are fewer of them: a unit in the last place."""
-    monkeypatch.setattr(images_module, "CACHE", few * 4 * TINY.num_tokens * TINY.channels_mlp_dim)
+def test_microbatches_give_what_the_whole_batch_gives(monkeypatch, model, microbatch, unstack):
+    """To a unit in the last place: a matmul of fewer rows may add up in another order."""
+    monkeypatch.setattr(inputs, "CPU_CACHE", microbatch * 4 * TINY.num_tokens * TINY.channels_mlp_dim)
     forward = mixer_jax.compiled(model.unstacked() if unstack else model)
     for count in (2, 5):
         images = random_images(TINY, count)
-        found, wanted = np.asarray(forward(images)), np.asarray(jitted(model, images))
-        assert found.shape == (count, TINY.num_classes)
-        assert np.abs(found - wanted).max() <= 5e-7 * np.abs(wanted).max()
+        logits, expected = np.asarray(forward(images)), np.asarray(jitted(model, images))
+        assert logits.shape == (count, TINY.num_classes)
+        assert np.abs(logits - expected).max() <= 5e-7 * np.abs(expected).max()
 
 
 def test_an_unstacked_model_is_the_model(model):
     other, images = model.unstacked(), random_images(TINY)
     assert isinstance(other.blocks, nnx.List)
     assert not isinstance(model.blocks, nnx.List)
-    names = {"one": [], "other": []}
-    plain = model(images, tap=lambda name, array: names["one"].append(name) or array)
-    assert np.array_equal(plain, other(images, tap=lambda name, array: names["other"].append(name) or array))
-    assert names["one"] == names["other"]
+    names, others = [], []
+    logits = model(images, hook=lambda name, array: names.append(name) or array)
+    assert np.array_equal(logits, other(images, hook=lambda name, array: others.append(name) or array))
+    assert names == others
 
 
-def test_the_weights_are_those_of_the_moment(model):
+def test_a_compiled_model_keeps_the_weights_it_was_made_with(model):
     forward, images = mixer_jax.compiled(model), random_images(TINY)
     before = np.asarray(forward(images))
     other = nnx.clone(model)
@@ -87,18 +87,18 @@ def test_a_shape_is_compiled_once(model):
     assert len(traced) == 2
 
 
-def test_it_lowers_as_jax_jit_does_so_that_cost_and_memory_can_be_read(model):
+def test_it_lowers_as_jax_jit_does_and_tells_cost_and_memory(model):
     forward, images = mixer_jax.compiled(model), random_images(TINY)
-    for given in (images, jax.ShapeDtypeStruct(images.shape, images.dtype)):
-        program = forward.lower(given).compile()
+    for like in (images, jax.ShapeDtypeStruct(images.shape, images.dtype)):
+        program = forward.lower(like).compile()
         assert program.cost_analysis()["flops"] > len(images) * TINY.forward_flops
         assert program.memory_analysis().temp_size_in_bytes > 0
     with pytest.raises(ValueError, match="one image is a batch of one"):
         forward.lower(images[0])
 
 
-def test_on_a_cpu_the_default_is_block_by_block_and_copies_no_weights():
-    config = TINY.replace(hidden_dim=64, channels_mlp_dim=64)  # whose kernels begin on the boundary of a cache line
+def test_on_a_cpu_the_blocks_run_one_by_one_on_views_of_the_weights():
+    config = TINY.replace(hidden_dim=64, channels_mlp_dim=64)  # kernels that begin on the boundary of a cache line
     model = flax_model(random_weights(config), config, param_dtype="float32")
     forward = mixer_jax.compiled(model)
     assert "stablehlo.while" not in forward.lower(random_images(config)).as_text()
@@ -111,7 +111,7 @@ def test_on_a_cpu_the_default_is_block_by_block_and_copies_no_weights():
 
 def test_a_compiled_model_composes_with_plain_transforms(model):
     forward, images = mixer_jax.compiled(model), random_images(TINY)
-    wanted = np.asarray(forward(images))
-    assert np.allclose(jax.jit(forward)(images), wanted, atol=1e-6)
+    expected = np.asarray(forward(images))
+    assert np.allclose(jax.jit(forward)(images), expected, atol=1e-6)
     assert np.abs(jax.grad(lambda images: forward(images).sum())(jax.numpy.asarray(images))).max() > 0
-    assert np.allclose(nnx.jit(lambda model, images: mixer_jax.compiled(model)(images))(model, images), wanted, atol=1e-6)
+    assert np.allclose(nnx.jit(lambda model, images: mixer_jax.compiled(model)(images))(model, images), expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The README does what it says: its commands and its Python are run, its tables are those that a run wrote."""
+"""README and docs: their commands and their Python run, and their tables are those that a benchmark wrote."""
 
 import functools
 import http.server
@@ -13,17 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_weights
+from conftest import GOLDENS, random_weights
+from implementations import checkpoint
 from PIL import Image
-from sides import checkpoint
 
 import convert
-from convert import MixerConfig
+import mixer_jax
+from convert import MixerConfig, layouts
 from convert.published import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-# What a released file is to the commands, in small: patches and classes of Mixer-B/16.
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]}
+# A small stand-in for a released file, with the patches and classes of Mixer-B/16.
 SMALL = MixerConfig(
     patch_size=(16, 16),
     image_size=(224, 224),
@@ -35,36 +36,35 @@ SMALL = MixerConfig(
 )
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line]
+def commands(page):
+    return [line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("python ")]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where a reader would be: a weight file, photographs, and two classes of ImageNet's validation images."""
-    folder = tmp_path_factory.mktemp("readme")
-    convert.write(folder / "Mixer-B_16.npz", checkpoint(random_weights(SMALL), SMALL), layout="google")
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A reader's folder: a weight file, photographs, and two classes of ImageNet's validation images."""
+    convert.write(tmp_path / "Mixer-B_16.npz", checkpoint(random_weights(SMALL), SMALL), layout="google")
     random = np.random.default_rng(0)
-    photographs = ["cat.jpg", "holiday/1.jpg", "holiday/2.png", "imagenet/val/n01440764/1.jpg", "imagenet/val/n01443537/2.jpg"]
+    photographs = ["cat.jpg", "dog.jpg", "holiday/1.jpg", "imagenet/val/n01440764/1.jpg", "imagenet/val/n01443537/2.jpg"]
     for name in photographs:
-        path = folder / name
+        path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (300, 400, 3), np.uint8)).save(path)
-    return folder
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory):
-    """A server on loopback with a file of the published size, filled with nothing."""
+    """A server on loopback with a file of the published size and random weights, and a cache for what comes from it."""
     folder = tmp_path_factory.mktemp("mirror")
-    config = MixerConfig.named("B/16")
-    arrays = {name: np.zeros_like(array) for name, array in random_weights(config).items()}
     path = folder / PUBLISHED["imagenet1k/Mixer-B_16"].file
     path.parent.mkdir(parents=True)
-    np.savez(path, **arrays)
+    np.savez(path, **random_weights(MixerConfig.named("B/16")))
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
@@ -74,79 +74,115 @@ def mirror(tmp_path_factory):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        address, cache = f"http://127.0.0.1:{server.server_port}", tmp_path_factory.mktemp("cache")
+        yield {"MIXER_JAX_BASE_URL": address, "MIXER_JAX_CACHE": str(cache), "no_proxy": "*"}
         server.shutdown()
         thread.join()
 
 
+@pytest.fixture
+def released(mirror, monkeypatch):
+    """Published names are fetched from the mirror."""
+    for name, value in mirror.items():
+        monkeypatch.setenv(name, value)
+
+
+WRITTEN = {
+    "README.md": {"mixer_b16.pt", "parity.html", "confusion.png", "tokens.png"},
+    "converting.md": {"mixer_b16.pt", "mixer", "big.safetensors"},
+    "parity.md": {"parity.html"},
+}
+
+
 @pytest.mark.torch
-def test_every_command_runs(folder, mirror, tmp_path):
+@pytest.mark.parametrize("page", WRITTEN)
+def test_every_command_runs(page, folder, released):
     """In order, as one reads: later ones need what earlier ones wrote."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "MIXER_JAX_BASE_URL": mirror,
-        "MIXER_JAX_CACHE": str(tmp_path / "cache"),
-        "no_proxy": "*",
-        "PYTHONPATH": str(ROOT),
-    }
-    assert len(COMMANDS) >= 15
-    for line in COMMANDS:
-        python, *arguments = shlex.split(line, comments=True)
-        assert python == "python", line
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
+    for line in commands(page):
+        _, *arguments = shlex.split(line, comments=True)
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
         assert done.stdout, line
-    written = {"mixer_b16.pt", "mixer", "big.safetensors", "parity.html", "confusion.png", "tokens.png", "stem.png"}
-    assert written <= {path.name for path in folder.iterdir()}
-    assert (tmp_path / "cache" / "imagenet1k" / "Mixer-B_16.npz").stat().st_size == 239_567_448
-
-
-@pytest.mark.torch
-def test_the_python_runs_and_says_true_shapes(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    scope: dict = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), scope)
-    assert scope["images"].shape == (1, 224, 224, 3)
-    assert scope["logits"].shape == (1, 1000)
-    assert scope["state"]["head.weight"].shape == (2, 24)
-    assert scope["params"]["params"]["stem"]["kernel"].shape == (16, 16, 3, 24)
-    assert (folder / "mixer.safetensors").exists()
+    assert WRITTEN[page] <= {path.name for path in folder.iterdir()}
 
 
 def test_a_command_that_fails_is_noticed(folder):
-    """What the test of the commands rests on."""
+    """The test of the commands rests on this."""
     command = [sys.executable, "-m", "convert", "inspect", "no-such-file.npz"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1
+    assert subprocess.run(command, capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 1
 
 
-def test_the_parity_tables_are_those_that_a_run_wrote():
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:.*the head for 1000 classes is now zeros for 2")
+def test_the_python_runs(folder, released, capsys):
+    scope: dict = {}
+    for block in [*blocks("README.md", "python"), *blocks("converting.md", "python")]:
+        exec(compile(block, "README.md", "exec"), scope)
+    printed = capsys.readouterr().out.splitlines()
+    assert len([line for line in printed if "%" in line]) == 5  # the best classes of a photograph, by name
+    assert (Path(os.environ["MIXER_JAX_CACHE"]) / "imagenet1k" / "Mixer-B_16.npz").stat().st_size == 239_567_448
+    assert scope["images"].shape == (2, 224, 224, 3)
+    assert mixer_jax.load("pets.safetensors").labels == ("cat", "dog")
+    assert scope["state"]["head.weight"].shape == (2, 24)
+    assert scope["params"]["params"]["stem"]["kernel"].shape == (16, 16, 3, 24)
+    assert scope["checkpoint"].dtype.name == "bfloat16"
+
+
+@pytest.mark.torch
+def test_every_verb_is_a_python_function(folder, released):
+    """The table "command, Python": each line runs, and every command of both programs has one."""
+    rows = re.findall(r"^\| `python -m (\w+) (\w+)[^|]*\| `(.*)` \|$", PAGES["converting.md"], re.MULTILINE)
+    from convert.__main__ import A2B, VERBS
+    from mixer_jax.__main__ import VERBS as MIXER_VERBS
+
+    assert {verb for package, verb, _ in rows if package == "mixer_jax"} == set(MIXER_VERBS)
+    assert {verb for package, verb, _ in rows if package == "convert"} - {"npz2torch"} == set(VERBS) - {"convert", *A2B}
+    scope: dict = {"model": mixer_jax.load("Mixer-B_16.npz"), "checkpoint": convert.read("Mixer-B_16.npz")}
+    modules = "convert.download, mixer_jax.commands.demo, mixer_jax.commands.draw, mixer_jax.commands.parity"
+    exec(f"from pathlib import Path; import {modules}", scope)
+    results = {verb: eval(python, scope) for _, verb, python in rows}
+    assert len(results["predict"][0].top) == 3
+    assert results["compare"].fingerprint == results["inspect"]["fingerprint"]
+    assert results["parity"].passed
+    assert results["evaluate"].top1.images == 2
+
+
+def test_the_layout_of_the_contributors_page_is_all_that_is_needed(square, monkeypatch):
+    """Its added lines, run in the table's module, convert a golden file both ways."""
+    (diff,) = blocks("CONTRIBUTING.md", "diff")
+    scope = vars(layouts).copy()
+    exec("\n".join(line[1:] for line in diff.splitlines() if line.startswith("+")), scope)
+    source = convert.read(GOLDENS["square"].weights_file)
+    there = source.to(scope["MINE"])
+    assert there.arrays["layer.0.tokens.fc_in.weight"].shape == (6, 16)
+    assert not list(convert.identity.differences(there.to("google").arrays, source.arrays))
+
+
+def test_the_tables_are_those_that_runs_wrote():
+    from chart import readme_table
     from parity import tables
 
     results = json.loads((ROOT / "benchmarks" / "results" / "parity.json").read_text())
-    assert tables(results) in README
+    measured, predicted = tables(results).split("\n\n")
+    assert measured in PAGES["parity.md"]
+    assert predicted in (ROOT / "benchmarks" / "README.md").read_text()
+    in_readme = [line for line in measured.splitlines() if not line.startswith("| L/16")]
+    assert "\n".join(in_readme) in PAGES["README.md"]
     assert all(row["passed"] for row in results["measured"])
+    assert readme_table(ROOT / "benchmarks" / "results") in PAGES["README.md"]
 
 
-def test_the_tables_of_speed_are_those_that_runs_wrote():
-    from chart import table, table_of_work
-    from compiled import tables
-
-    results = ROOT / "benchmarks" / "results"
-    assert table(results) in README
-    assert table_of_work(results) in README
-    assert tables(json.loads((results / "compiled.json").read_text())) in README
-
-
-def test_every_published_file_is_listed():
-    assert all(f"`{name}`" in README for name in PUBLISHED)
-
-
-def test_what_the_readme_shows_is_there():
-    for name in re.findall(r'src="([^"]+)"|\]\((docs/[^)]+)\)', README):
-        assert (ROOT / (name[0] or name[1])).is_file(), name
-    for target in re.findall(r"make ([a-z0-9-]+)", README):
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+def test_what_the_pages_mention_is_there():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+    for page, text in PAGES.items():
+        folder = ROOT if (ROOT / page).exists() else ROOT / "docs"
+        for name in re.findall(r"\]\(([\w./-]+\.(?:md|png))", text):
+            assert (folder / name).is_file(), (page, name)
+        for target in re.findall(
+            r"make ([a-z][a-z0-9-]+)(?=[\s`]|$)", " ".join(re.findall(r"`[^`]+`|^    .*$", text, re.MULTILINE))
+        ):
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (page, target)
+    for name in PUBLISHED:
+        folder, _, model = name.partition("/Mixer-")
+        assert re.search(rf"`{folder}/Mixer-[^`]*{model.split('_')[1]}", PAGES["README.md"]), name

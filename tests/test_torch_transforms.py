@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 from conftest import TINY, random_images, random_weights
-from sides import twin_model
+from implementations import torch_model
 
 pytestmark = pytest.mark.torch
 OTHERS = (1, 2, 7, 40)
@@ -15,7 +15,7 @@ OTHERS = (1, 2, 7, 40)
 def model():
     import torch
 
-    return twin_model(random_weights(TINY), TINY, param_dtype=torch.float32)
+    return torch_model(random_weights(TINY), TINY, param_dtype=torch.float32)
 
 
 def images(count):
@@ -33,9 +33,9 @@ def logits(model, count):
 
 def runs_at_every_batch_size(run, model):
     for count in OTHERS:
-        found, wanted = run(images(count)), logits(model, count)
-        assert found.shape == (count, TINY.num_classes)
-        assert np.abs(np.asarray(found) - wanted).max() <= 2e-6 * np.abs(wanted).max()  # measured: 3e-7
+        actual, expected = run(images(count)), logits(model, count)
+        assert actual.shape == (count, TINY.num_classes)
+        assert np.abs(np.asarray(actual) - expected).max() <= 2e-6 * np.abs(expected).max()  # measured: 3e-7
 
 
 def test_torch_export_at_one_batch_size_runs_at_others(model):
@@ -46,7 +46,7 @@ def test_torch_export_at_one_batch_size_runs_at_others(model):
         runs_at_every_batch_size(program.module(), model)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # of the tracer; naming their class would import PyTorch where it is absent
 def test_a_trace_at_one_batch_size_runs_at_others(model):
     import torch
 
@@ -54,7 +54,7 @@ def test_a_trace_at_one_batch_size_runs_at_others(model):
         runs_at_every_batch_size(torch.jit.trace(model, images(32)), model)
 
 
-@pytest.mark.filterwarnings("ignore")  # those of the exporter
+@pytest.mark.filterwarnings("ignore")  # of the exporter
 def test_an_onnx_file_exported_at_one_batch_size_runs_at_others(model):
     import onnxruntime
     import torch
@@ -81,27 +81,18 @@ def test_compiling_for_any_batch_size_compiles_once(model):
     assert counter.frame_count == 1
 
 
-def test_a_hook_sees_the_whole_batch_with_and_without_gradients(model):
+def test_hooks_see_the_whole_batch_and_microbatches_give_what_it_gives(monkeypatch, model):
     import torch
 
-    model, seen = copy.deepcopy(model), []
-    model.stem.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    model(images(40))
-    with torch.inference_mode():
-        model(images(40))
-    assert seen == [40, 40]
-
-
-def test_microbatches_give_what_the_whole_batch_gives(monkeypatch, model):
-    import torch
-
-    from mixer_jax import images as images_module
+    from mixer_jax import inputs
     from mixer_jax.torch_model import in_microbatches
 
-    monkeypatch.setattr(images_module, "CACHE", 2 * 4 * TINY.num_tokens * TINY.channels_mlp_dim)
-    model, seen = copy.deepcopy(model), []
-    model.stem.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    monkeypatch.setattr(inputs, "CPU_CACHE", 2 * 4 * TINY.num_tokens * TINY.channels_mlp_dim)
+    model, batch_sizes = copy.deepcopy(model), []
+    model.stem.register_forward_hook(lambda module, inputs, output: batch_sizes.append(len(output)))
+    model(images(5))
     with torch.inference_mode():
-        found, wanted = in_microbatches(model, images(5), TINY).numpy(), model(images(5)).numpy()
-    assert np.abs(found - wanted).max() <= 2e-6 * np.abs(wanted).max()
-    assert seen == [2, 2, 1, 5]
+        expected = model(images(5)).numpy()
+        actual = in_microbatches(model, images(5), TINY).numpy()
+    assert np.abs(actual - expected).max() <= 2e-6 * np.abs(expected).max()
+    assert batch_sizes == [5, 5, 2, 2, 1]
