@@ -1,13 +1,13 @@
-"""docs/speed.png and the README's tables, from the figures in benchmarks/results: `python benchmarks/chart.py`."""
+"""docs/speed.png and the tables of speed, from the figures in benchmarks/results: `python benchmarks/chart.py`."""
 
-import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-COLOURS = {"ours": "#c0392b", "linen": "#2c6fbb"}
+COLOURS = {"mixer_jax": "#c0392b", "linen": "#2c6fbb"}
 NAMES = {
-    "ours": "mixer-jax",
+    "mixer_jax": "mixer-jax",
     "linen": "Flax Linen",
     "timm": "timm",
     "torch_eager": "PyTorch",
@@ -15,98 +15,145 @@ NAMES = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
 }
+PARTS = {"forward": "forward", "torch": "our PyTorch model, forward", "train": "training step", "start": "file to first logits"}
+FIGURES = {
+    "relative_time": "relative time of {}",
+    "compile_s_relative_to_linen": "compile time with `remat=True` relative to Flax Linen",
+    "process_s_relative_to_official": "time relative to `np.load` and Flax Linen",
+}
+PATHS = {"mixer_jax": "mixer_jax", "linen": "official"}  # from file to first logits
+Rows = list[dict[str, Any]]
+
+
+def load(results: Path, part: str, kind: str = "rows") -> Any:
+    return json.loads((results / f"{part}.json").read_text())[kind]
+
+
+def missed_goals(results: Path, part: str) -> Rows:
+    return [goal for goal in load(results, part, "goals") if not goal["reached"]]
+
+
+def by(rows: Rows, figure: str, key: str = "batch", dtype: str = "float32") -> dict[tuple[str, Any], Any]:
+    """A figure by implementation and batch, or by implementation and model."""
+    chosen = (row for row in rows if figure in row and row.get("dtype", dtype) == dtype)
+    return {(row["implementation"], row[key]): row[figure] for row in chosen}
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def times(relative: dict[tuple[str, Any], float], name: str, places: Any) -> list[str]:
+    return [f"{relative[name, place]:.2f}" if (name, place) in relative else "" for place in places]
+
+
+def readme_table(results: Path) -> str:
+    """Relative times of the peers in four rows, the last with the goals that are missed."""
+    forward, train = (by(load(results, part), "relative_time") for part in ("forward", "train"))
+    seconds = by(load(results, "start"), "process_s", "model")
+    start = {name: f"{seconds[path, 'B/16'] / seconds['mixer_jax', 'B/16']:.2f}" for name, path in PATHS.items()}
+    missed: dict[str, list[str]] = {name: [] for name in NAMES}
+    for part, place in (("forward", "batch {}"), ("train", "training"), ("start", "file")):
+        for goal in missed_goals(results, part):
+            peer, target = goal["implementation"], goal["target"]
+            if goal["figure"] == "process_s_relative_to_official":
+                peer, target = "linen", 1 / target
+            if peer in missed and peer != "mixer_jax":
+                missed[peer].append(f"{target:.3g} ({place.format(goal['at'])})")
+    lines = [
+        ["forward, batch 1 / 8 / 32", *(" / ".join(times(forward, name, (1, 8, 32))) for name in NAMES)],
+        ["training step, batch 8", *("".join(times(train, name, (8,))) for name in NAMES)],
+        ["file to first logits", *(start.get(name, "") for name in NAMES)],
+        ["*goal, where missed*", *(", ".join(missed[name]) for name in NAMES)],
+    ]
+    return markdown(["B/16, float32, two CPU cores: relative time (x), lower is faster", *NAMES.values()], lines)
 
 
 def table(results: Path) -> str:
-    """The table of the README: the peers' times by ours, above 1 where they take longer."""
-    rows = json.loads((results / "forward.json").read_text())["rows"]
-    batches = sorted({row["batch"] for row in rows})
-    of = {(row["side"], row["batch"]): row for row in rows}
-    lines = ["| B/16 forward, float32 | " + " | ".join(f"batch {batch}" for batch in batches) + " |"]
-    lines += ["| --- |" + " --- |" * len(batches)]
-    shares = [f"{of['ours', batch]['of_ceiling']:.0%}" for batch in batches]
-    lines += ["| `mixer_jax.compiled(model)`, of the best large matrix product | " + " | ".join(shares) + " |"]
-    for side in NAMES:
-        times = [f"{of[side, batch]['times_ours']:.2f}" if (side, batch) in of else "" for batch in batches]
-        if side != "ours" and any(times):
-            lines.append(f"| {NAMES[side]} | " + " | ".join(times) + " |")
-    least = [f"{of['products', batch]['times_ours']:.2f}" for batch in batches]
-    lines.append("| *the products alone* | " + " | ".join(least) + " |")
-    return "\n".join(lines)
+    """The forward pass beside its peers at every batch."""
+    rows = load(results, "forward")
+    relative, fraction = by(rows, "relative_time"), by(rows, "of_fastest_matmul")
+    batches = sorted({batch for _, batch in relative})
+    lines = [[f"**{NAMES[name]}**" if name == "mixer_jax" else NAMES[name], *times(relative, name, batches)] for name in NAMES]
+    lines.append(["*the matmuls alone*", *times(relative, "matmuls", batches)])
+    lines.append(["mixer-jax, FLOP/s relative to the fastest matmul", *(f"{fraction['mixer_jax', b]:.0%}" for b in batches)])
+    return markdown(["B/16 forward, float32: relative time (x)", *(f"batch {batch}" for batch in batches)], lines)
 
 
 def table_of_work(results: Path) -> str:
-    """The second table of the README: what else is measured, beside a peer of the same run."""
-    files = {name: json.loads((results / f"{name}.json").read_text()) for name in ("train", "twin", "overhead", "start")}
-    train, overhead, start = (
-        {row["side"]: row for row in files[name]["rows"] if row.get("model") != "L/16"}
-        for name in ("train", "overhead", "start")
-    )
-    gib = {side: row["temporaries_bytes"] / 2**30 for side, row in train.items() if "temporaries_bytes" in row}
-    lines = ["| work, B/16 | mixer-jax | a peer |", "| --- | --- | --- |"]
-    for side in ("ours", "ours, remat"):
-        peers = [f"{NAMES[peer]} {train[peer]['median_s'] / train[side]['median_s']:.2f}" for peer in ("timm", "linen")]
-        memory = f"{gib[side]:.2f} GiB of temporaries, Linen {gib['linen']:.2f}"
-        name = "training step, batch 8, " + ("`remat=True`" if side == "ours, remat" else "as it comes")
-        lines.append(f"| {name} | 1 | {', '.join(peers)}; {memory} |")
-    bfloat16 = json.loads((results / "bfloat16.json").read_text())["rows"]
-    of = {(row["side"], row["batch"]): row["median_s"] for row in bfloat16}
+    """What else is measured, beside peers of the same run."""
+    train, overhead, start = ({r["implementation"]: r for r in load(results, p)} for p in ("train", "overhead", "start"))
+    start |= {r["implementation"]: r for r in load(results, "start") if r["model"] == "B/16"}
+    x = {name: f"{row['relative_time']:.2f}" for name, row in train.items()}
+    gib = {name: f"{row['temporaries_bytes'] / 2**30:.2f} GiB" for name, row in train.items() if "temporaries_bytes" in row}
+    beside = "with `remat=True` {mixer_jax_remat}, Flax Linen {linen}"
+    lines = [["training step, float32, batch 8", "1", f"{beside}, timm {{timm}}".format(**x)]]
+    lines.append(["its temporaries", gib["mixer_jax"], beside.format(**gib)])
+    seconds = by(load(results, "bfloat16"), "median_s", dtype="bfloat16")
     for batch in (8, 32):
-        mine = of["ours-latest", batch]
-        peers = ("linen-latest", "Linen"), ("torch_eager", "PyTorch"), ("timm", "timm"), ("openvino", "OpenVINO")
-        times = ", ".join(f"{name} {of[side, batch] / mine:.2f}" for side, name in peers)
-        lines.append(f"| forward, bfloat16, batch {batch}, newest JAX | 1 | {times} |")
+        ratios = {name: seconds[name, batch] / seconds["mixer_jax_latest", batch] for name, at in seconds if at == batch}
+        peers = [
+            f"{NAMES[n.removesuffix('_latest')]} {ratios[n]:.2f}" for n in ("linen_latest", "torch_eager", "timm", "openvino")
+        ]
+        lines.append([f"forward, bfloat16, batch {batch}, newest JAX", "1", ", ".join(peers)])
     for dtype in ("float32", "bfloat16"):
-        of = {row["batch"]: row for row in files["twin"]["rows"] if row["side"] == "timm" and row["dtype"] == dtype}
-        times = ", ".join(f"{row['times_ours']:.2f}" for row in of.values())
-        batches = ", ".join(map(str, of))
-        lines.append(f"| the PyTorch twin, forward, {dtype}, batch {batches} | 1 | timm {times} |")
-    ours, jitted = overhead["ours"], overhead["nnx_jit"]
-    lines.append(f"| a call of a tiny model of 12 blocks | {ours['ms']:.2f} ms | `nnx.jit` {jitted['ms']:.2f} ms |")
-    ours, official = start["ours"], start["official"]
-    lines.append(
-        f"| file to first logits, new process | {ours['process_s']:.1f} s, {ours['peak_mib']:.0f} MiB "
-        f"| `np.load` and Linen {official['process_s']:.1f} s, {official['peak_mib']:.0f} MiB |"
-    )
-    predict = json.loads((results / "predict.json").read_text())["predict"]
-    alone = f"of the slower of decoding and computing alone {predict['ratio_to_slower']:.2f}"
-    lines.append(f"| `predict` on {predict['images']:,} JPEG photographs | {predict['wall_s']['both']:.0f} s | {alone} |")
-    return "\n".join(lines)
+        timm = by(load(results, "torch"), "relative_time", dtype=dtype)
+        lines.append(
+            [f"our PyTorch model, forward, {dtype}, batch 8 / 32", "1", f"timm {' / '.join(times(timm, 'timm', (8, 32)))}"]
+        )
+    ours, jitted = (f"{1e3 * overhead[name]['median_s']:.2f} ms" for name in ("mixer_jax", "nnx_jit"))
+    lines.append(["one call of a tiny model of 12 blocks", ours, f"`nnx.jit` {jitted}"])
+    ours, official = (f"{r['process_s']:.1f} s, {r['peak_mib']:.0f} MiB" for r in (start["mixer_jax"], start["official"]))
+    lines.append(["file to first logits in a new process", ours, f"`np.load` and Flax Linen {official}"])
+    predict = load(results, "predict", "predict")
+    work, ratio = f"`predict` on {predict['images']:,} JPEG photographs", f"{predict['ratio_to_slower']:.2f}"
+    lines.append([work, f"{predict['wall_s']['both']:.0f} s", f"relative to the slower of decoding and computing {ratio}"])
+    return markdown(["work, B/16", "mixer-jax", "beside it: relative time (x) or the same figure"], lines)
 
 
-def main() -> None:
+def table_of_missed_goals(results: Path) -> str:
+    lines = []
+    for part in ("forward", "bfloat16", "torch", "train", "depth", "overhead", "start", "cache"):
+        for goal in missed_goals(results, part):
+            place = f"batch {goal['at']}" if isinstance(goal["at"], int) else goal["at"]
+            figure = FIGURES.get(goal["figure"], goal["figure"]).format(NAMES.get(goal["implementation"]))
+            work = f"{PARTS.get(part, part)}, {goal['dtype']}, {place}"
+            lines.append([work, figure, f"{goal['value']:.2f}", f"{goal['relation']} {goal['target']:.3g}"])
+    return markdown(["work", "figure", "measured", "goal"], lines)
+
+
+def draw(results: Path, output: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--output", type=Path, default=HERE.parent / "docs" / "speed.png")
-    arguments = parser.parse_args()
-    found = json.loads((arguments.results / "forward.json").read_text())
-    rows = [row for row in found["rows"] if row["side"] in NAMES]
-    batches = sorted({row["batch"] for row in rows if row["side"] == "timm"})  # the largest has no peers
+    rows = load(results, "forward")
+    fractions, rates = by(rows, "of_fastest_matmul"), by(rows, "images_per_s")
+    batches = sorted(batch for name, batch in rates if name == "timm")  # the largest has no peers
     figure, panels = plt.subplots(1, len(batches), figsize=(2.6 * len(batches), 2.7), sharey=True, squeeze=False)
     for panel, batch in zip(panels[0], batches):
-        of = {row["side"]: row for row in rows if row["batch"] == batch}
-        sides = [side for side in NAMES if side in of]
-        shares = [100 * of[side]["of_ceiling"] for side in sides]
-        panel.barh([NAMES[side] for side in sides], shares, color=[COLOURS.get(side, "#9aa5b1") for side in sides])
-        for i, (side, share) in enumerate(zip(sides, shares)):
-            panel.text(share - 2, i, f"{of[side]['images_per_s']:.1f}/s", ha="right", va="center", color="white", fontsize=8)
+        names = [name for name in NAMES if (name, batch) in rates]
+        percent = [100 * fractions[name, batch] for name in names]
+        panel.barh([NAMES[name] for name in names], percent, color=[COLOURS.get(name, "#9aa5b1") for name in names])
+        for i, name in enumerate(names):
+            text = f"{rates[name, batch]:.1f}/s"
+            panel.text(percent[i] - 2, i, text, ha="right", va="center", color="white", fontsize=8)
         panel.set(title=f"batch {batch}", xlim=(0, 105))
         panel.axvline(100, color="black", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].invert_yaxis()
-    machine = found["machine"]
-    figure.supxlabel("model FLOPs, % of the best large matrix product; images a second in the bars", fontsize=9)
-    figure.suptitle(f"Mixer-{rows[0]['model']} forward, float32, {machine['threads']} threads", fontsize=10)
+    figure.supxlabel("model FLOP/s, % of the fastest large matmul; in the bars: images/s", fontsize=9)
+    threads = load(results, "forward", "machine")["threads"]
+    figure.suptitle(f"Mixer-{rows[0]['model']} forward, float32, {threads} threads: longer is faster", fontsize=10)
     figure.tight_layout()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.output, dpi=150)
-    print(f"{table(arguments.results)}\n\n{table_of_work(arguments.results)}")
-    print(arguments.output)
+    figure.savefig(output, dpi=150)
+
+
+def main() -> None:
+    draw(HERE / "results", HERE.parent / "docs" / "speed.png")
+    for write in (readme_table, table, table_of_work, table_of_missed_goals):
+        print(f"{write(HERE / 'results')}\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Module names give the parameter names of the released files, so that `Checkpoint.as_linen()` fits. What differs from
 `mixer_jax.model` is what differs there: blocks one by one, a convolution in the stem on every platform, the variance of a
-LayerNorm as E[x^2] - E[x]^2, every product in `dtype`.
+LayerNorm as E[x^2] - E[x]^2, every matmul in `dtype`.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ Array = jax.Array
 
 
 class MlpBlock(nn.Module):
-    """Two products with a tanh GELU between, over the last axis."""
+    """Two matmuls with a tanh GELU in between, over the last axis."""
 
     hidden: int
-    dtype: DTypeLike | None = None
-    precision: Any = None
+    dtype: DTypeLike | None
+    precision: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -34,8 +34,8 @@ class MlpBlock(nn.Module):
 class MixerBlock(nn.Module):
     tokens_mlp_dim: int
     channels_mlp_dim: int
-    dtype: DTypeLike | None = None
-    precision: Any = None
+    dtype: DTypeLike | None
+    precision: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -55,14 +55,12 @@ class MlpMixer(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        c = self.config
-        stem = nn.Conv(c.hidden_dim, c.patch_size, c.patch_size, dtype=self.dtype, precision=self.precision, name="stem")
-        x = stem(images)
+        c, numerics = self.config, {"dtype": self.dtype, "precision": self.precision}
+        x = nn.Conv(c.hidden_dim, c.patch_size, c.patch_size, **numerics, name="stem")(images)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         for _ in range(c.num_blocks):
-            x = MixerBlock(c.tokens_mlp_dim, c.channels_mlp_dim, self.dtype, self.precision)(x)
+            x = MixerBlock(c.tokens_mlp_dim, c.channels_mlp_dim, **numerics)(x)
         x = nn.LayerNorm(dtype=self.dtype, name="pre_head_layer_norm")(x).mean(axis=1)
         if not c.num_classes:
             return x
-        zeros = nn.initializers.zeros_init()
-        return nn.Dense(c.num_classes, kernel_init=zeros, dtype=self.dtype, precision=self.precision, name="head")(x)
+        return nn.Dense(c.num_classes, kernel_init=nn.initializers.zeros, **numerics, name="head")(x)
