@@ -7,12 +7,15 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .atomic import check_writable
 from .cli import add_reading_options, reading_options, refuse_ignored, require_verb, run_guarded, size, whole_number
 from .commands import A2B, NAMES, Changes, compare_files, convert_file, inspect_file, plan_file
 from .errors import CheckpointError
+from .formats import format_for_writing
 from .io import usual_layout
 from .labels import read_lines
 from .progress import progress_bar
@@ -49,6 +52,8 @@ def convert(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {"layout": layout, "source_layout": source_layout}
     options |= {"reading": reading_options(arguments), "changes": _changes(arguments)}
     if arguments.dry_run:
+        target = Path(arguments.target)
+        check_writable(target, force=arguments.force, folder=format_for_writing(target).is_folder)
         rows = plan_file(arguments.source, **options)
         print(json.dumps(rows) if arguments.json else _table(rows))
         return
@@ -102,7 +107,7 @@ def _changes(arguments: argparse.Namespace) -> Changes:
     """--classes is a list, "3,1,2", or the name of a file with a label or an index a line."""
     classes: Any = arguments.classes
     if classes is not None:
-        classes = read_lines(classes) if os.path.exists(classes) else classes.split(",")
+        classes = read_lines(classes) if os.path.isfile(classes) else [item.strip() for item in classes.split(",")]
     return Changes(
         drop_head=arguments.drop_head,
         num_classes=arguments.num_classes,
@@ -175,7 +180,9 @@ def _add_changing_options(command: argparse.ArgumentParser) -> None:
     head.add_argument("--num-classes", type=whole_number(0), metavar="N", help="make a fresh head of zeros for N classes")
     head.add_argument("--drop-head", action="store_true", help="drop the head: the model returns features")
     head.add_argument(
-        "--classes", metavar="LIST|FILE", help='keep these classes, in this order: "3,1,2", or a file of labels, one a line'
+        "--classes",
+        metavar="LIST|FILE",
+        help='keep these classes, in this order: "3,1,2", or a file of labels or indices, one a line',
     )
     command.add_argument("--labels", metavar="FILE", help="store these class names, one a line, with the weights")
     command.add_argument(

@@ -29,7 +29,7 @@ def atomic_write(path: str | os.PathLike[str], *, size: int, folder: bool = Fals
     """
     path = Path(path)
     _remove_abandoned(path)
-    check_writable(path, force=force)
+    check_writable(path, force=force, folder=folder)
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise CheckpointError(f"{path}: needs {size / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left")
@@ -38,7 +38,7 @@ def atomic_write(path: str | os.PathLike[str], *, size: int, folder: bool = Fals
         new = unnamed or stack.enter_context(_temporary_folder(path)) / "new"
         yield new
         _sync_all(new)
-        check_writable(path, force=force)
+        check_writable(path, force=force, folder=folder)
         if unnamed and path.exists():  # only a rename replaces, and a rename needs a name
             new = stack.enter_context(_temporary_folder(path)) / "new"
             _link(unnamed, new)
@@ -51,7 +51,7 @@ def atomic_write(path: str | os.PathLike[str], *, size: int, folder: bool = Fals
         _sync(path.parent)
 
 
-def check_writable(path: Path, *, force: bool) -> None:
+def check_writable(path: Path, *, force: bool, folder: bool = False) -> None:
     """Raise CheckpointError if `path` must not be written."""
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: the folder {path.parent} does not exist")
@@ -60,6 +60,8 @@ def check_writable(path: Path, *, force: bool) -> None:
         if not (force and replaceable):
             remedy = " (replace it with --force or force=True)" if replaceable else "; give a name that is free"
             raise CheckpointError(f"{path}: a folder is in the way{remedy}")
+    elif path.exists() and folder:
+        raise CheckpointError(f"{path}: a file is in the way of the folder; give a name that is free")
     elif path.exists() and not force:
         raise CheckpointError(f"{path}: exists already (replace it with --force or force=True)")
 

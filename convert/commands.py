@@ -100,8 +100,8 @@ def convert_file(
 
     `source_layout` fails unless the source is in that layout. `force` replaces an existing target.
     """
-    format_for_writing(Path(target))
-    check_writable(Path(target), force=force)  # before anything is read
+    format = format_for_writing(Path(target))
+    check_writable(Path(target), force=force, folder=format.is_folder)  # before anything is read
     end = layout_named(layout or usual_layout(target))
     checkpoint = _changed(source, end, source_layout, reading, changes).to(end)
     total, done = 2 * checkpoint.num_parameters * checkpoint.dtype.itemsize, 0  # written, then compared
@@ -200,6 +200,9 @@ def _class_indices(classes: Sequence[int | str], checkpoint: Checkpoint) -> list
         remedy = f"indices from 0 to {last}"
         remedy = f"give {remedy} or labels of the file" if labels else f"this file has no labels, so give {remedy}"
         raise CheckpointError(f"no class {unknown[0]!r}: {remedy}")
+    ambiguous = [item for item in classes if item in known and (labels or ()).count(str(item)) > 1]
+    if ambiguous:
+        raise CheckpointError(f"several classes are called {ambiguous[0]!r}: give their indices, from 0 to {last}")
     return [known[item] if item in known else int(item) for item in classes]
 
 

@@ -187,7 +187,7 @@ class _Transfer:
         return done
 
     def _verify(self, expected: str | None) -> None:
-        """The size, and the MD5 if it is known. Whoever opens the file checks the CRC-32 of its members besides."""
+        """The size, and the MD5 if it is known. The CRC-32 of its members is checked when they are read."""
         self._require_listed(self.part.stat().st_size)
         if expected is None:
             return

@@ -181,7 +181,7 @@ PRE_LINEN = replace(
 LEGACY = replace(LEGACY, spellings=(PRE_LINEN,))
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (GOOGLE, FLAX, TIMM, REFERENCE, JEONSWORLD, LEGACY)}
-ALIASES = {"npz": "google", "torch": "timm"}  # names that commands take besides
+ALIASES = {"npz": "google", "torch": "timm"}  # other names that commands accept
 
 # Names that only other networks have, to say what a wrong file is.
 FOREIGN: dict[str, tuple[str, ...]] = {

@@ -26,8 +26,8 @@ def flattened(tree: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, Arra
             arrays |= inner
             others += inner_others
         elif is_tensor(value):
-            if str(value.layout) != "torch.strided":
-                raise CheckpointError(f"{name}: a tensor of layout {value.layout}: save it dense, with tensor.to_dense()")
+            if str(value.layout) != "torch.strided" or value.is_quantized:
+                raise CheckpointError(f"{name}: a sparse or quantized tensor: save it after to_dense() or dequantize()")
             arrays[name] = from_torch(value)
         elif hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype):  # JAX's keys have their own
             arrays[name] = value

@@ -156,7 +156,9 @@ def _add_summary(commands: Subparsers) -> None:
 def _add_demo(commands: Subparsers) -> None:
     command = _command(commands, demo, "train on digits, convert, compare Flax with PyTorch; or start from a released file")
     command.add_argument("weights", nargs="?", type=Path, metavar="Mixer-B_16.npz", help="convert and compare this file")
-    command.add_argument("--folder", type=Path, default="demo-output", help="write files here (default: demo-output)")
+    command.add_argument(
+        "--folder", type=Path, default="demo-output", help="write files here, replacing older ones (default: demo-output)"
+    )
 
 
 def _add_predict(commands: Subparsers) -> None:
@@ -188,7 +190,7 @@ def _add_parity(commands: Subparsers) -> None:
         help="whether two implementations compute the same, where they start to differ, and why",
         description="An implementation (IMPL) is NAME[:DEVICE[:DTYPE[:PRECISION]]], as in torch:gpu:bfloat16:default. NAME is "
         "flax, torch, timm or numpy (the paper's equations in float64); DEVICE is cpu, gpu or tpu; PRECISION, of matmuls, is "
-        "highest, high or default. Exit code: 0 yes, 1 no.",
+        "highest, high or default. Exit code: 0 yes, 1 no or an error.",
         epilog="example: python -m mixer_jax parity Mixer-B_16.npz --a flax:gpu --b torch:cpu --html parity.html",
     )
     command.add_argument("source", metavar="FILE", help="a checkpoint")
@@ -242,7 +244,12 @@ def _add_image_options(command: argparse.ArgumentParser, *, exif: bool) -> None:
     command.add_argument("--batch-size", type=whole_number(1), metavar="N", help=usual)
     command.add_argument("--threads", type=whole_number(1), metavar="N", help="image-decoding threads (default: one per core)")
     yes_or_no, names = argparse.BooleanOptionalAction, ("flax", "torch")
-    command.add_argument("--exif", action=yes_or_no, default=exif, help="rotate images by their EXIF orientation")
+    command.add_argument(
+        "--exif",
+        action=yes_or_no,
+        default=exif,
+        help=f"rotate images by their EXIF orientation (default: {'yes' if exif else 'no, as published evaluations do'})",
+    )
     command.add_argument("--implementation", choices=names, default="flax", help="model that computes (default: flax)")
     add_reading_options(command)
 

@@ -68,7 +68,7 @@ def compiled(
     model: MlpMixer,
     outputs: Callable[[MlpMixer, jax.Array], Output] = MlpMixer.__call__,  # type: ignore[assignment]
 ) -> Forward[Output]:
-    """The model as one function that is compiled once for each shape of images: logits, unless `outputs` is given.
+    """The model as one function, compiled at the first call with each shape of images: logits, unless `outputs` is given.
 
     Later changes of the model's weights have no effect on it. A call of a tiny model takes a quarter of the time of
     `nnx.jit`, which handles every parameter in every call. On a CPU the blocks run one by one on views of the weights, and a

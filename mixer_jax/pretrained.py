@@ -51,7 +51,7 @@ def load(
     file's. Dtypes are NumPy's, JAX's or PyTorch's, or their names. `sharding` places the weights: a device, a Sharding for
     all, or a function of name ("blocks/token_mixing/dense_0/kernel") and shape.
 
-    Raises CheckpointError for everything about the file that does not fit, naming every fault.
+    Raises CheckpointError for everything about the file that does not fit.
     """
     from flax import nnx
 
@@ -143,7 +143,7 @@ def checkpoint_for(source: Source, num_classes: int | None, param_dtype: object)
     classes = checkpoint.sizes["num_classes"]
     checkpoint = checkpoint if num_classes is None else checkpoint.with_classes(num_classes)
     if num_classes not in (None, 0, classes):
-        warnings.warn(f"{checkpoint.source}: the head for {classes} classes is now zeros for {num_classes}", stacklevel=4)
+        warnings.warn(f"{checkpoint.source}: the head for {classes} classes is now zeros for {num_classes}", stacklevel=3)
     return checkpoint if dtype is None else checkpoint.astype(dtype)
 
 

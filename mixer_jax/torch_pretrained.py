@@ -25,7 +25,7 @@ def load(
 ) -> MlpMixer:
     """A PyTorch model with a checkpoint's weights, in eval mode.
 
-    Raises CheckpointError for everything about the file that does not fit, naming every fault.
+    Raises CheckpointError for everything about the file that does not fit.
     """
     dtype = None if dtype is None else torch_dtype(dtype, "dtype")
     checkpoint = checkpoint_for(source, num_classes, param_dtype).to("timm")

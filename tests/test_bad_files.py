@@ -239,7 +239,7 @@ def test_code_in_a_pt_is_never_run_and_what_is_no_state_dict_is_refused(tmp_path
         ({"stem.proj.weight": Bomb(tmp_path)}, r"torch.load\(weights_only=True\) refuses it, and nothing else is tried"),
         ([torch.ones(2)], "holds a list, not a state_dict"),
         ({"model": {"a": torch.ones(2)}, "epoch": 3}, "no array of a Mixer block is in it\n  found: model/a"),
-        ({"head.weight": torch.ones(2, 2).to_sparse()}, "head.weight: a tensor of layout torch.sparse_coo: save it dense"),
+        ({"head.weight": torch.ones(2, 2).to_sparse()}, "head.weight: a sparse or quantized tensor: save it after to_dense"),
     ):
         torch.save(saved, tmp_path / "w.pt")
         refuse_to_read(tmp_path / "w.pt", rf"{message}[^\x1b]*$")  # no escape codes of a terminal

@@ -80,11 +80,11 @@ def train(data: Digits, *, seed: int = 0, steps: int = STEPS) -> MlpMixer:
 def varied(images: jax.Array, key: jax.Array) -> jax.Array:
     """Images (b, h, w, c) with noise, every other one shifted by -1, 0 or 1 pixel either way over background."""
     b, h, w, c = images.shape
-    shift, noise = jax.random.split(key)
+    shift_key, noise_key = jax.random.split(key)
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
-    offsets = jax.random.randint(shift, (b, 2), 0, 3).at[::2].set(1)
+    offsets = jax.random.randint(shift_key, (b, 2), 0, 3).at[::2].set(1)
     cut = jax.vmap(lambda image, offset: jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (h, w, c)))
-    return cut(padded, offsets) + 0.3 * jax.random.normal(noise, images.shape)
+    return cut(padded, offsets) + 0.3 * jax.random.normal(noise_key, images.shape)
 
 
 def demo(

@@ -123,7 +123,7 @@ class Comparison:
 
     @property
     def fraction(self) -> float:
-        """Of the tolerance of the logits that they use."""
+        """The fraction of the logits' tolerance that they use."""
         return max(self.logits.max_abs / self.logits_tolerance.max_abs, self.logits.rms / self.logits_tolerance.rms)
 
     @property

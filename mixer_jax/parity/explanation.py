@@ -22,7 +22,7 @@ class Cause:
     """One choice that can move logits: what `a` and `b` chose, and the effect on the logits.
 
     `effect` is that choice's part of the gap where the two differ, and what switching it would do where they agree.
-    `fraction` is the projection of the gap on this effect, 1 where it is the whole gap; None for choices that only change the
+    `fraction` is the effect projected on the gap, 1 where it is all of it; None for choices that only change the
     rounding: their direction is random, and the tolerance covers them.
     """
 

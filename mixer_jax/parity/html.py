@@ -170,7 +170,7 @@ def _accumulated_plot(comparison: Comparison) -> str:
 def _per_operation_plot(comparison: Comparison) -> str:
     """The error of each operation alone, as a fraction of its tolerance."""
     fractions = [f for operation in comparison.operations for f in operation.fraction if 0 < f < math.inf]
-    plot = _Plot(comparison, min(0.1, max(min(fractions, default=0.1), 1e-3)), max(10.0, *fractions, 0.0))
+    plot = _Plot(comparison, min(0.1, max(min(fractions, default=0.1), 1e-3)), max([10.0, *fractions]))
     parts = [f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{plot.y(1.0):.1f}" y2="{plot.y(1.0):.1f}"/>']
     for i, operation in enumerate(comparison.operations):
         for name, value, radius in zip("ab", operation.fraction, (2.4, 3.2)):

@@ -2,7 +2,7 @@
 
 This is Monte Carlo arithmetic (Parker 1997): the NumPy model runs on, but every result is rounded up or down at random to the
 digits that the implementation has, a matmul's operands are rounded as its unit rounds them, and a sum of many terms errs as
-one that is rounded after every term. What two such runs differ by, two honest implementations may differ by. No output of an
+one that is rounded after every term. Two correct implementations may differ by as much as two such runs do. No output of an
 implementation under test enters.
 """
 
