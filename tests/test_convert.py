@@ -10,6 +10,7 @@ from conftest import TINY, random_weights
 
 import convert
 from convert import Checkpoint, CheckpointError, MixerConfig, ReadOptions
+from convert.__main__ import main
 from convert.arrays import LazyArray
 from convert.formats import FORMATS
 from convert.layouts import GOOGLE, LAYOUTS
@@ -392,3 +393,15 @@ def test_inspect_lists_arrays_only_where_they_are_wanted(square, capsys):
         assert "sizes match         none of the published files\n" in text
         assert f"dtype               {dtype}\n" in text
         assert ("\npre_head_layer_norm/scale" in text) == bool(options)
+
+
+def test_a_target_or_a_label_that_cannot_be_meant_is_refused_first(tmp_path, square, capsys):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(CheckpointError, match="taken: a file is in the way of the folder; give a name that is free"):
+        convert.convert_file(square.weights_file, tmp_path / "taken", force=True)
+    assert main(["npz2timm", str(square.weights_file), str(tmp_path / "w.xyz"), "--dry-run"]) == 1
+    assert "no format has the ending '.xyz'" in capsys.readouterr().err
+    (tmp_path / "labels.txt").write_text("crane\ncrane\na\nb\nc\nd\ne\n")
+    convert.convert_file(square.weights_file, tmp_path / "w.npz", changes=convert.Changes(labels=tmp_path / "labels.txt"))
+    with pytest.raises(CheckpointError, match="several classes are called 'crane': give their indices, from 0 to 6"):
+        convert.convert_file(tmp_path / "w.npz", tmp_path / "v.npz", changes=convert.Changes(classes=["crane"]))
