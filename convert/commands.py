@@ -140,6 +140,8 @@ def inspect_file(source: AnyPath, *, reading: ReadOptions = ReadOptions()) -> di
     nan, infinite = (sum(row[kind] for row in arrays) for kind in ("NaN", "infinite"))
 
     def origin(field: str) -> str:
+        if getattr(reading, field, None) is not None:
+            return "given as an option"
         return "explicit" if field in checkpoint.explicit else f"{checkpoint.layout.name}'s default"
 
     return {

@@ -337,6 +337,8 @@ def test_inspect_says_what_a_file_is(tmp_path, capsys):
     assert facts["grid"] == "4x4 (assumed, being square), images of 20x20 pixels"
     assert (facts["blocks"], facts["classes"], facts["parameters"], len(facts["arrays"])) == (2, 7, 1973, 18)
     assert (facts["gelu"], facts["layer_norm_epsilon"]) == ("exact (explicit)", "1e-06 (explicit)")
+    overridden = json.loads(output(capsys, "inspect", tmp_path / "w.npz", "--gelu", "tanh", "--json"))
+    assert overridden["gelu"] == "tanh (given as an option)"
     (head,) = [row for row in facts["arrays"] if row["array"] == "head/kernel"]
     norm = np.linalg.norm(GOLDENS["square"].weights["head/kernel"].astype("float64"))
     assert (head["shape"], head["norm"]) == ("10x7", f"{norm:.6g}")

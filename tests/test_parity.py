@@ -289,7 +289,7 @@ def test_implementations_are_parsed_as_they_are_written():
     ("text", "message"),
     [
         ("jax", "'jax' is not a name of an implementation: flax, torch, timm, numpy"),
-        ("flax:cuda", "'cuda' is not a device of an implementation: cpu, gpu, tpu"),
+        ("flax:npu", "'npu' is not a device of an implementation: cpu, gpu, tpu"),
         ("flax:cpu:int8", "'int8' is not a dtype of an implementation: float32"),
         ("flax:cpu:float32:best", "'best' is not a precision of an implementation: highest, high, default"),
         ("flax:cpu:float32:high:now", r"an implementation is NAME\[:DEVICE\[:DTYPE\[:PRECISION\]\]\], not"),
@@ -299,6 +299,10 @@ def test_implementations_are_parsed_as_they_are_written():
 def test_an_implementation_that_does_not_exist_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         Implementation.parse(text)
+
+
+def test_the_words_that_people_type_are_taken():
+    assert Implementation.parse("torch:cuda:bf16:default") == Implementation("torch", "gpu", "bfloat16", "default")
 
 
 @pytest.mark.parametrize("entries", [("float33", "float32"), ("tf32", "float32"), ("float32", "bfloat16_2x")])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from convert import Checkpoint, CheckpointError
+from convert.dtypes import SHORT_NAMES
 
 from .numpy_model import Hook, forward
 from .rounding import Rounding
@@ -19,6 +20,7 @@ from .rounding import Rounding
 Run = Callable[[np.ndarray, Hook | None], np.ndarray]
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PRECISIONS = ("highest", "high", "default")
+ALIASES = SHORT_NAMES | {"cuda": "gpu"}  # other words that people type
 # How a device's matmul unit takes float32 operands at each precision; where several are possible, the largest tolerance holds.
 UNITS: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": dict.fromkeys(PRECISIONS, ("float32",)),
@@ -50,8 +52,8 @@ class Implementation:
 
     @classmethod
     def parse(cls, text: str, dtype: str = "float32") -> "Implementation":
-        """ "flax", "flax:gpu" or "torch:cpu:bfloat16:default"; `dtype` holds where the text has none."""
-        name, *rest = text.split(":")
+        """ "flax", "flax:gpu", "torch:cuda:bf16" or "torch:cpu:bfloat16:default"; `dtype` holds where the text has none."""
+        name, *rest = (ALIASES.get(word, word) for word in text.split(":"))
         if len(rest) > 3:
             raise ValueError(f"an implementation is NAME[:DEVICE[:DTYPE[:PRECISION]]], not {text!r}")
         entries = {"dtype": "float64" if name == "numpy" else dtype} | dict(zip(("device", "dtype", "precision"), rest))
