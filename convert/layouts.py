@@ -57,6 +57,7 @@ class Layout:
     tanh_remedy: str = ""  # what makes code of the exact GELU compute the tanh one
     size_arguments: str = ""  # constructor arguments for sizes other than those of a variant at 224 pixels
     note_without_head: str = ""  # what the loader of the layout's own code does with weights without a head
+    below_leaves: str = ""  # a level that the owner's state has below every leaf
     spellings: tuple["Layout", ...] = ()  # names that are read as well and never written
 
     @property
@@ -87,7 +88,10 @@ FLAX = Layout(
     name="flax",  # mixer_jax.MlpMixer
     modules={module: ("blocks/" if module in BLOCK_MODULES else "") + f"{module}/{{leaf}}" for module in MODULES},
     leaves=FLAX_LEAVES,
+    below_leaves="value",  # as nnx.state(model) has it
 )
+UNSTACKED = {module: name.replace("blocks/", "blocks/{i}/") for module, name in FLAX.modules.items()}
+FLAX = replace(FLAX, spellings=(replace(FLAX, modules=UNSTACKED),))  # mixer_jax.MlpMixer.unstacked
 
 TIMM = Layout(
     name="timm",  # timm.models.mlp_mixer.MlpMixer, and mixer_jax.torch_model
@@ -148,6 +152,46 @@ JEONSWORLD = Layout(
     tanh_remedy='nn.GELU(approximate="tanh")',
 )
 
+MMPRETRAIN = Layout(
+    name="mmpretrain",  # open-mmlab/mmpretrain, MlpMixer with a LinearClsHead
+    modules={
+        "stem": "backbone.patch_embed.projection.{leaf}",
+        "token_norm": "backbone.layers.{i}.ln1.{leaf}",
+        "token_mixing/dense_0": "backbone.layers.{i}.token_mix.layers.0.0.{leaf}",
+        "token_mixing/dense_1": "backbone.layers.{i}.token_mix.layers.1.{leaf}",
+        "channel_norm": "backbone.layers.{i}.ln2.{leaf}",
+        "channel_mixing/dense_0": "backbone.layers.{i}.channel_mix.layers.0.0.{leaf}",
+        "channel_mixing/dense_1": "backbone.layers.{i}.channel_mix.layers.1.{leaf}",
+        "pre_head_norm": "backbone.ln1.{leaf}",
+        "head": "head.fc.{leaf}",
+    },
+    leaves=TORCH_LEAVES,
+    gelu="exact",
+    layer_norm_epsilon=1e-5,
+    preprocessing="timm_bicubic",
+    tanh_remedy='act_cfg=dict(type="GELU", approximate="tanh")',
+)
+
+MLX = Layout(
+    name="mlx",  # Apple's MLX, whose convolutions order their axes in their own way; its numerics are MLX's defaults
+    modules={
+        "stem": "patch_embedding.conv.{leaf}",
+        "token_norm": "blocks.{i}.ln0.{leaf}",
+        "token_mixing/dense_0": "blocks.{i}.token_mixing.layers.0.{leaf}",
+        "token_mixing/dense_1": "blocks.{i}.token_mixing.layers.2.{leaf}",
+        "channel_norm": "blocks.{i}.ln1.{leaf}",
+        "channel_mixing/dense_0": "blocks.{i}.channel_mixing.layers.0.{leaf}",
+        "channel_mixing/dense_1": "blocks.{i}.channel_mixing.layers.2.{leaf}",
+        "pre_head_norm": "pre_head_ln.{leaf}",
+        "head": "head.{leaf}",
+    },
+    leaves=TORCH_LEAVES | {"stem": {"weight": "o h w i", "bias": "o"}},
+    gelu="exact",
+    layer_norm_epsilon=1e-5,
+    preprocessing=None,
+    tanh_remedy='nn.GELU(approx="precise")',
+)
+
 LEGACY = Layout(
     name="legacy",  # the older names that google-research/big_vision, mlp_mixer.py, still maps
     modules={
@@ -180,13 +224,19 @@ PRE_LINEN = replace(
 )
 LEGACY = replace(LEGACY, spellings=(PRE_LINEN,))
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (GOOGLE, FLAX, TIMM, REFERENCE, JEONSWORLD, LEGACY)}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (GOOGLE, FLAX, TIMM, REFERENCE, JEONSWORLD, MMPRETRAIN, MLX, LEGACY)
+}
 ALIASES = {"npz": "google", "torch": "timm"}  # other names that commands accept
 
-# Names that only other networks have, to say what a wrong file is.
-FOREIGN: dict[str, tuple[str, ...]] = {
-    "a Vision Transformer": ("cls", "Transformer/", "cls_token", "pos_embed", "opt/target/Transformer/"),
-    "a ResNet": ("layer1.", "conv_root", "block1/"),
+# Patterns of names that only other networks have, to say what a wrong file is. All separators are "/" here.
+FOREIGN: dict[str, str] = {
+    "a gMLP, whose channel mixing is gated by tokens": r"/gate/(proj|norm)/",
+    "a ResMLP, which has one linear layer for tokens and scales instead of LayerNorm": r"/linear_tokens/|/norm1/alpha$",
+    "a ConvMixer": r"(^|/)blocks/\d+/0/fn/\d|^\d+/0/fn/\d/running_mean$",
+    "lucidrains' mlp-mixer-pytorch, whose names depend on the depth: rename its arrays": r"(^|/)\d+/[01]/fn/\d/weight$",
+    "a Vision Transformer": r"(^|/)(cls|cls_token|pos_embed|Transformer)(/|$)|/attn/qkv/|/attention/",
+    "a ResNet": r"(^|/)(layer1/0|conv_root|block1)/",
 }
 
 
