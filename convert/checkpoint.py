@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +19,8 @@ from .dtypes import WEIGHTS, weights_dtype
 from .errors import CheckpointError, NumericsAssumed
 from .layouts import GOOGLE, Layout, layout_named
 from .metadata import Metadata, verify_checksum
-from .prefixes import carried, flattened, nested, unwrapped
+from .prefixes import carried, flattened, metadata_for, nested, unwrapped
+from .published import of_sizes
 from .tensors import to_torch
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ class Checkpoint:
     shape, and a dtype that weights cannot have.
 
     `explicit` are the metadata fields that come from the file and not from the layout's defaults; `notes` tell the user how
-    the file was read; `verified`: all arrays are checked against the file's checksums when they are read.
+    the file was read; `verified`: all arrays are checked against the file's checksums when they are read; `beside` lists
+    what else is in the file, such as "opt_state (48 arrays)" and "step"; `origins` says of metadata fields that come from
+    elsewhere than the file itself from where.
     """
 
     arrays: Arrays
@@ -44,6 +47,8 @@ class Checkpoint:
     explicit: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     verified: bool = False
+    beside: tuple[str, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _ = self.sizes, self.dtype
@@ -56,34 +61,36 @@ class Checkpoint:
     @classmethod
     def from_arrays(
         cls,
-        arrays: Mapping[str, Any],
+        arrays: Any,
         *,
         key: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         source: str = "these arrays",
     ) -> Self:
-        """From NumPy, JAX or torch arrays by name, in any layout; nested dictionaries and known prefixes are resolved.
+        """From NumPy, JAX or torch arrays by name, in any layout; nested dictionaries, lists and prefixes are resolved.
 
         `key` selects one of several sets of weights. `metadata` has fields of Metadata; without it, those are used that a
         state_dict of `mixer_jax.torch_model` carries. All others are the layout's defaults, with a warning
         (NumericsAssumed) if these are a guess.
         """
-        fields = verify_checksum(carried(arrays, key) or {}) if metadata is None else metadata
+        fields = verify_checksum(metadata_for(key, carried(arrays)) or {}) if metadata is None else metadata
         checkpoint = cls.recognised(arrays, key=key, fields=fields, source=source)
         checkpoint.warn_of_assumed_numerics(stacklevel=3)
         return checkpoint
 
     @classmethod
     def recognised(
-        cls, tree: Mapping[str, Any], *, key: str | None, fields: Mapping[str, Any], source: str, others: Sequence[str] = ()
+        cls, tree: Any, *, key: str | None, fields: Mapping[str, Any], source: str, others: Sequence[str] = ()
     ) -> Self:
         """From a tree of arrays whose names tell the layout. `fields` are explicit metadata, `others` entries besides."""
         arrays, more = flattened(tree)
-        weights, notes = unwrapped(arrays, key)
-        if others := [*others, *more]:
-            notes.append(f"{len(others)} entries are not arrays: {', '.join(others[:5])}")
-        layout = mapping.detect(weights.keys())
-        return cls(weights, layout, Metadata.default(layout).updated(fields), source, frozenset(fields), tuple(notes))
+        weights, prefix, beside = unwrapped(arrays, [*others, *more], key)
+        layout = mapping.detect(weights)
+        notes = (f"weights taken from under {prefix!r}",) if prefix else ()
+        metadata = Metadata.default(layout).updated(fields)
+        weights = mapping.respelled(weights, layout)
+        checkpoint = cls(weights, layout, metadata, source, frozenset(fields), notes, beside=tuple(beside))
+        return checkpoint if "preprocessing" in fields else checkpoint._without_doubtful_preprocessing()
 
     @classmethod
     def of_model(
@@ -169,7 +176,8 @@ class Checkpoint:
 
     def with_metadata(self, **fields: Any) -> Self:
         """With other fields of Metadata: gelu, layer_norm_epsilon, image_size, preprocessing, labels, num_blocks."""
-        return replace(self, metadata=self.metadata.updated(fields), explicit=self.explicit | fields.keys())
+        origins = {name: origin for name, origin in self.origins.items() if name not in fields}
+        return replace(self, metadata=self.metadata.updated(fields), explicit=self.explicit | fields.keys(), origins=origins)
 
     def with_image_size(self, image_size: int | Size) -> Self:
         """For images of this size in pixels. Raises CheckpointError unless the tokens are its patches."""
@@ -289,6 +297,14 @@ class Checkpoint:
                 f"found {depth} blocks, but Mixer-{variant_letter(self.sizes)}, whose widths these are, has {usual}: is the "
                 f"file complete? If it is, confirm with --depth {depth} or ReadOptions(num_blocks={depth})"
             )
+
+    def _without_doubtful_preprocessing(self) -> Self:
+        """With an unknown preprocessing if a published file of its names and sizes has another than the layout's default."""
+        names = sorted({file.preprocessing for file in of_sizes(self.sizes) if file.layout == self.layout.name})
+        if set(names) <= {self.metadata.preprocessing}:
+            return self
+        doubt = f"published files of these names and sizes need {' or '.join(names)}, and this one does not say what it needs"
+        return replace(self, metadata=replace(self.metadata, preprocessing=None), origins={"preprocessing": doubt})
 
     def _changed(self, change: Callable[[str, np.ndarray], np.ndarray], dtype: np.dtype) -> Self:
         """With `change(name, values)` applied to all values that are read."""

@@ -1,9 +1,12 @@
 """{name: array} of one layout -> {name: array} of another. Every name and every shape is checked."""
 
-__all__ = ["detect", "from_canonical", "plan", "shapes", "sizes_of", "slots", "to_canonical"]
+__all__ = ["detect", "from_canonical", "plain", "plan", "respelled", "shapes", "sizes_of", "slots", "to_canonical"]
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 from .arrays import Array, Arrays, item, rearranged, reshaped, stacked
@@ -58,22 +61,61 @@ def plan(arrays: Arrays, source: Layout, target: Layout) -> list[tuple[str, str,
 
 
 def detect(names: Collection[str]) -> Layout:
-    """The layout whose names these are, or nearly are. Raises CheckpointError if no block of a Mixer is among them."""
-    best = max(_spellings(), key=lambda layout: len(_block_names(names, layout)))
-    if not _block_names(names, best):
+    """The layout whose names these are, or nearly are, whatever separates their parts.
+
+    Raises CheckpointError if no block of a Mixer is among them.
+    """
+    spelled = [plain(name) for name in names]
+    best = max(_spellings(), key=lambda layout: len(_block_names(spelled, _plain_layout(layout))))
+    if not _block_names(spelled, _plain_layout(best)):
         examples = [_name(layout, Slot("token_norm", WEIGHT, 0)) for layout in LAYOUTS.values()]
-        other = next((network for network, marks in FOREIGN.items() if any(n.startswith(marks) for n in names)), None)
         raise CheckpointError(
-            f"not a Mixer checkpoint: {f'it looks like {other}' if other else 'no array of a Mixer block is in it'}\n"
+            f"not a Mixer checkpoint: {_foreign(names) or 'no array of a Mixer block is in it'}\n"
             f"  found: {_some(names)}\n"
             f"  wanted, for example: {', '.join(examples)}"
         )
     return best
 
 
-def is_block_name(name: str) -> bool:
-    """Whether it names an array of a Mixer block in any layout."""
-    return any(_block_names([name], layout) for layout in _spellings())
+def respelled(arrays: Arrays, layout: Layout) -> dict[str, Array]:
+    """The arrays under the layout's own names where theirs differ only in separators or in a level below the leaves."""
+    spelled = {plain(name): array for name, array in arrays.items()}
+    if len(spelled) < len(arrays):
+        twice = Counter(map(plain, arrays)).most_common(1)[0][0]
+        raise CheckpointError(f"two arrays that are both {twice}: {_some([name for name in arrays if plain(name) == twice])}")
+    counts = _counts(spelled, _plain_layout(layout))
+    own = dict(zip(slots(_plain_layout(layout), counts), slots(layout, counts)))
+    return {own.get(plain(name), name): array for name, array in arrays.items()}
+
+
+def plain(name: str) -> str:
+    """A name with "/" between all its parts, and without the level below the leaf that an NNX state has."""
+    return re.sub(r"/(raw_)?value$", "", name.replace(".", "/"))
+
+
+def block_prefix(name: str) -> str | None:
+    """What precedes the name of a block's array in any layout, as it stands in `name`; None if it does not end in one."""
+    match = _block_pattern().search(plain(name))
+    return None if match is None else name[: match.start(1)]
+
+
+@cache
+def _block_pattern() -> re.Pattern[str]:
+    layouts = [_plain_layout(layout) for layout in _spellings()]
+    templates = {_template(layout, Slot(module, leaf)) for layout in layouts for module in BLOCK_MODULES for leaf in (0, 1)}
+    names = "|".join(re.escape(template).replace(re.escape("{i}"), r"\d+") for template in templates)
+    return re.compile(rf"(?:^|/)({names})$")
+
+
+def _plain_layout(layout: Layout) -> Layout:
+    return replace(layout, modules={module: plain(template) for module, template in layout.modules.items()})
+
+
+def _foreign(names: Collection[str]) -> str | None:
+    """Which other network the names belong to, in words."""
+    spelled = [plain(name) for name in names]
+    found = (network for network, pattern in FOREIGN.items() if any(re.search(pattern, name) for name in spelled))
+    return next((f"it looks like {network}" for network in found), None)
 
 
 def sizes_of(arrays: Arrays, layout: Layout) -> Sizes:
@@ -88,7 +130,8 @@ def check_names(arrays: Arrays, layout: Layout) -> None:
     wanted = slots(layout, _counts(arrays, layout))
     missing, unknown = wanted.keys() - arrays.keys(), arrays.keys() - wanted.keys()
     if missing or unknown:
-        lines = [f"not a Mixer checkpoint in the {layout.name} layout"]
+        other = _foreign(arrays)
+        lines = [f"not a Mixer checkpoint{f': {other}' if other else f' in the {layout.name} layout'}"]
         lines += [f"  missing: {_some(missing)}"] if missing else []
         lines += [f"  unknown: {_some(unknown)}"] if unknown else []
         raise CheckpointError("\n".join(lines))

@@ -1,7 +1,9 @@
 """Every layout in every direction, whatever wraps it, and which weights they are."""
 
+import argparse
 import itertools
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -31,7 +33,11 @@ def test_all_golden_files_of_a_folder_are_the_same_weights(golden):
         assert equal(other.to("google").arrays, google.arrays), path
         assert of(other) == of(google), path
     assert layouts >= {"google", "legacy"}
-    assert golden.name != "square" or layouts == LAYOUTS.keys() - {"flax"}
+    assert golden.name != "square" or layouts == LAYOUTS.keys() - {
+        "flax",
+        "mmpretrain",
+        "mlx",
+    }
 
 
 def random_case(seed: int) -> Checkpoint:
@@ -131,12 +137,14 @@ def test_prefixes_are_taken_off_and_noted(layout, prefix):
     beside = {"opt/state/step": np.zeros(1), "optimizer/momentum": np.ones(2)}
     checkpoint = Checkpoint.from_arrays(prefixed(prefix, weights) | beside)
     assert equal(checkpoint.arrays, weights)
-    assert checkpoint.notes == (f"weights taken from under {prefix!r}", "2 other arrays left out: opt, optimizer")
+    assert checkpoint.notes == (f"weights taken from under {prefix!r}",)
+    assert checkpoint.beside == ("opt/state (1 array)" if "opt" in prefix else "opt (1 array)", "optimizer (1 array)")
 
 
 def test_entries_that_are_not_arrays_are_noted(square):
     checkpoint = Checkpoint.from_arrays({"params": square.weights, "epoch": 3, "name": "x"})
-    assert checkpoint.notes == ("weights taken from under 'params/'", "2 entries are not arrays: epoch, name")
+    assert checkpoint.notes == ("weights taken from under 'params/'",)
+    assert checkpoint.beside == ("epoch", "name")
 
 
 def test_an_optimisers_copy_of_the_tree_is_not_mistaken_for_weights():
@@ -151,12 +159,53 @@ def test_of_several_sets_of_weights_one_needs_a_key():
     for arrays, options, message in (
         (both, {}, "several sets of weights, state_dict, state_dict_ema: say which with --key or key="),
         (both, {"key": "ema"}, "no weights under the key 'ema': found state_dict, state_dict_ema"),
-        (weights | prefixed("ema/", weights), {}, r"several sets of weights, \(none\), ema"),
+        (weights | prefixed("ema/", weights), {}, 'several sets of weights, "", ema'),
     ):
         with pytest.raises(CheckpointError, match=message):
             Checkpoint.from_arrays(arrays, **options)
     assert equal(Checkpoint.from_arrays(both, key="state_dict_ema").arrays, average)
     assert equal(Checkpoint.from_arrays(both, key="state_dict").arrays, weights)
+
+
+def test_a_set_of_weights_beside_or_inside_another_is_told_from_it():
+    weights, average = random_weights(TINY), random_weights(TINY, seed=9)
+    beside = weights | prefixed("ema/", average)
+    assert equal(Checkpoint.from_arrays(beside, key="").arrays, weights)
+    inside = prefixed("model/", weights) | prefixed("model/ema/", average)
+    assert equal(Checkpoint.from_arrays(inside, key="model").arrays, weights)
+    assert equal(Checkpoint.from_arrays(inside, key="model/ema").arrays, average)
+    for first, second in (("module.", "module/"), ("module/", "module.")):
+        with pytest.raises(CheckpointError, match="several sets of weights, module, module"):
+            Checkpoint.from_arrays(prefixed(first, weights) | prefixed(second, average))
+
+
+@pytest.mark.torch
+def test_of_several_state_dicts_each_has_its_own_metadata(tmp_path):
+    """Numerics, labels and preprocessing are of the weights that `key` selects, in memory and in a file."""
+    import torch
+
+    from mixer_jax import torch_pretrained
+
+    weights = Checkpoint.from_arrays(random_weights(TINY)).with_image_size(TINY.image_size)
+    models = [torch_pretrained.load(weights.with_metadata(gelu=gelu)).state_dict() for gelu in ("tanh", "exact")]
+    states = {"model": models[0], "other": models[1], "plain": dict(models[1])}
+    torch.save(states, tmp_path / "two.pt")
+    for key, gelu in (("model", "tanh"), ("other", "exact")):
+        assert Checkpoint.from_arrays(states, key=key).metadata.gelu == gelu
+        assert convert.read(tmp_path / "two.pt", ReadOptions(key=key)).metadata.gelu == gelu
+    with pytest.raises(CheckpointError, match="are not a square grid"):  # the image size that the others state is not its own
+        _ = convert.read(tmp_path / "two.pt", ReadOptions(key="plain")).config
+
+
+@pytest.mark.torch
+def test_threads_read_a_file_with_arguments_beside_the_weights(tmp_path):
+    """torch has one list of allowed names for all threads."""
+    import torch
+
+    weights = Checkpoint.from_arrays(random_weights(TINY)).to("timm").as_torch()
+    torch.save({"state_dict": weights, "args": argparse.Namespace(values=list(range(20_000)))}, tmp_path / "w.pth")
+    with ThreadPoolExecutor(4) as threads:
+        assert {c.beside for c in threads.map(lambda _: convert.read(tmp_path / "w.pth"), range(40))} == {("args",)}
 
 
 @pytest.mark.torch
@@ -167,14 +216,17 @@ def test_a_training_checkpoint_of_torch_is_read(tmp_path, square):
     torch.save({"state_dict": state, "epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}, path)
     checkpoint = convert.read(path)
     assert equal(checkpoint.to("google").arrays, square.weights)
-    left_out = ("1 other arrays left out: optimizer", "1 entries are not arrays: epoch")
-    assert checkpoint.notes == ("weights taken from under 'state_dict/'", *left_out)
+    assert (checkpoint.notes, checkpoint.beside) == (
+        ("weights taken from under 'state_dict/'",),
+        ("epoch", "optimizer (1 array)"),
+    )
     average = OrderedDict((f"module.{name}", tensor + 1) for name, tensor in state.items())
     torch.save({"model": state, "model_ema": average}, path)
     with pytest.raises(CheckpointError, match="several sets of weights, model, model_ema/module"):
         convert.read(path)
-    kernel = convert.read(path, ReadOptions(key="model_ema/module")).to("google").arrays["stem/kernel"]
-    assert np.array_equal(kernel, square.weights["stem/kernel"] + 1)
+    for key in ("model_ema/module", "model_ema"):
+        kernel = convert.read(path, ReadOptions(key=key)).to("google").arrays["stem/kernel"]
+        assert np.array_equal(kernel, square.weights["stem/kernel"] + 1)
 
 
 # In memory
@@ -269,7 +321,12 @@ def test_differences_are_named_and_measured():
 
 
 def test_which_published_files_have_the_sizes_of_a_file():
-    assert same_sizes(MixerConfig.named("B/16")) == ["imagenet1k/Mixer-B_16", "sam/Mixer-B_16", "gsam/Mixer-B_16"]
+    assert same_sizes(MixerConfig.named("B/16")) == [
+        "imagenet1k/Mixer-B_16",
+        "sam/Mixer-B_16",
+        "gsam/Mixer-B_16",
+        "timm/mixer_b16_224_miil-9229a591",
+    ]
     assert same_sizes(MixerConfig.named("L/16", num_classes=21_843)) == ["imagenet21k/Mixer-L_16"]
     assert same_sizes(TINY) == []
 
