@@ -8,6 +8,7 @@ synthetic.
 import argparse
 import json
 import multiprocessing
+import shutil
 import statistics
 import sys
 import tempfile
@@ -26,7 +27,8 @@ from convert.mapping import shapes
 
 TINY = MixerConfig.named("S/32", image_size=64, num_classes=2).replace(hidden_dim=8, channels_mlp_dim=8, tokens_mlp_dim=8)
 ENDINGS = {"npz google": ".npz", "safetensors timm": ".safetensors", "safetensors flax": ".safetensors", "pt timm": ".pt"}
-ENDINGS |= {"orbax flax": ""}
+ENDINGS |= {"orbax flax": "", "orbax google": "", "msgpack google": ".msgpack"}
+BIG_VISION = "bigvision google"  # which is only read
 CONVERT = "from convert.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
 # What a converter without laziness does, in NumPy alone: every array in memory, transposed, then saved.
 ALL_AT_ONCE = """
@@ -44,17 +46,36 @@ ALL_AT_ONCE_PT = ALL_AT_ONCE.replace("from safetensors.numpy import save_file", 
 
 
 def prepare(path: Path, config: MixerConfig, layout: str) -> None:
-    """Write a model of ones in another process: what a child inherits counts as its peak, so this one stays small."""
+    """Write a model of noise in another process: what a child inherits counts as its peak, so this one stays small."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(write_ones, path, config, layout).result()
+        pool.submit(write_noise, path, config, layout).result()
 
 
-def write_ones(path: Path, config: MixerConfig, layout: str) -> None:
-    def ones(shape: tuple[int, ...]) -> LazyArray:
-        return LazyArray(shape, np.dtype("float32"), lambda i: np.ones(shape if i is None else shape[1:], np.float32))
+def write_noise(path: Path, config: MixerConfig, layout: str) -> None:
+    def noise(shape: tuple[int, ...]) -> LazyArray:
+        def values(index: int | None) -> np.ndarray:  # the same whenever it is read
+            array = np.random.default_rng(0).random(shape, np.float32)
+            return array if index is None else array[index]
 
-    arrays = {name: ones(shape) for name, shape in shapes(GOOGLE, config.sizes).items()}
-    write(path, Checkpoint.from_arrays(arrays), layout=layout, force=True)
+        return LazyArray(shape, np.dtype("float32"), values)
+
+    arrays = {name: noise(shape) for name, shape in shapes(GOOGLE, config.sizes).items()}
+    if path.name.startswith("checkpoint.bv"):
+        write_big_vision(path, arrays)
+    else:
+        write(path, Checkpoint.from_arrays(arrays), layout=layout, force=True)
+
+
+def write_big_vision(path: Path, arrays: dict[str, LazyArray]) -> None:
+    """As JAX's serialization of arrays does for it: one chunk each, compressed."""
+    import tensorstore
+
+    shutil.rmtree(path, ignore_errors=True)
+    for name, array in arrays.items():
+        file = path / f"params/{name}".replace("/", "~")
+        metadata = {"shape": array.shape, "chunks": array.shape, "dtype": "<f4", "compressor": {"id": "zstd", "level": 1}}
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(file)}, "metadata": metadata, "create": True}
+        tensorstore.open(spec).result().write(np.asarray(array)).result()
 
 
 def run(code: str, *arguments: object) -> dict[str, float]:
@@ -64,8 +85,9 @@ def run(code: str, *arguments: object) -> dict[str, float]:
 def memory(folder: Path, depths: tuple[int, ...]) -> list[dict[str, Any]]:
     rows = []
     pairs = [("npz google", other) for other in list(ENDINGS)[1:]]
-    for source, target in [pair for pair in pairs for pair in (pair, pair[::-1])]:
-        start, end = folder / f"in{ENDINGS[source]}", folder / f"out{ENDINGS[target]}"
+    for source, target in [*(pair for pair in pairs for pair in (pair, pair[::-1])), (BIG_VISION, "npz google")]:
+        start = folder / ("checkpoint.bv-000000001" if source == BIG_VISION else f"in{ENDINGS[source]}")
+        end = folder / f"out{ENDINGS[target]}"
         layouts = source.split()[1], target.split()[1]
         command = ("convert", start, end, "--to", layouts[1], "--force")
         prepare(start, TINY, layouts[0])
@@ -79,8 +101,11 @@ def memory(folder: Path, depths: tuple[int, ...]) -> list[dict[str, Any]]:
             allowed = 3 * largest + 16
             if "pt timm" in (source, target):
                 allowed += model  # torch.save holds all tensors, and torch.load maps the file
-            elif "orbax flax" in (source, target):
-                allowed = 3 * model
+            elif target.startswith("orbax"):
+                allowed = 3 * model  # Orbax holds all weights, and writes several at once
+            elif "orbax" in source or source == BIG_VISION:
+                allowed += 64  # what TensorStore's threads keep
+                allowed += 256 if source == "orbax flax" else 0  # a leaf decodes as a whole, and is kept for its items
             figures = {"tiny_mib": tiny, "beyond_tiny_mib": peak - tiny, "allowed_mib": allowed}
             verdict = "within" if peak - tiny <= allowed else "BEYOND"
             rows.append({"conversion": f"{source} -> {target}", "blocks": depth, **figures, "verdict": verdict})

@@ -48,21 +48,24 @@ class OpenFile:
 
 
 class ByteRange:
-    """A range of bytes in a file. With `crc` (None: not known) it is verified when it is first read, whole or in part."""
+    """A range of bytes in a file. With `crc` (None: not known) it is verified when it is first read, whole or in part.
 
-    def __init__(self, file: OpenFile, offset: int, size: int, crc: int | None):
-        self.file, self.offset, self.size, self.crc = file, offset, size, crc
+    `before` is the CRC-32 of what the checksum covers besides, ahead of these bytes.
+    """
+
+    def __init__(self, file: OpenFile, offset: int, size: int, crc: int | None, *, before: int = 0):
+        self.file, self.offset, self.size, self.crc, self.before = file, offset, size, crc, before
         self._verified = crc is None
 
     def all(self) -> np.ndarray:
         data = self.file.read(self.offset, self.size)
         if not self._verified:
-            self._verify(zlib.crc32(data))
+            self._verify(zlib.crc32(data, self.before))
         return data
 
     def part(self, start: int, count: int) -> np.ndarray:
         if not self._verified:
-            crc = 0
+            crc = self.before
             for at in range(0, self.size, CHUNK):
                 crc = zlib.crc32(self.file.read(self.offset + at, min(CHUNK, self.size - at)), crc)
             self._verify(crc)

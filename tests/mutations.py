@@ -1,6 +1,6 @@
 """Damage to files, by kinds, and counts of what reading makes of it.
 
-`python mutations.py FOLDER FORMAT KIND AMOUNT` is for Orbax, whose threads print complaints of their own.
+`python mutations.py FOLDER FORMAT KIND AMOUNT` is for folders, where threads of TensorStore print complaints of their own.
 """
 
 import collections
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from conftest import TINY, random_weights
-from test_convert import equal, saved_by_others
+from test_convert import equal, saved_by_big_vision, saved_by_others
 
 import convert
 from convert import Checkpoint, CheckpointError, MixerConfig
@@ -47,13 +47,27 @@ def by_safetensors(path: Path, config: MixerConfig, layout: str) -> Checkpoint:
     return Checkpoint.from_arrays(weights.arrays)
 
 
+def by_flax(path: Path, config: MixerConfig, layout: str) -> Checkpoint:
+    saved_by_others(path, random_weights(config))
+    return Checkpoint.from_arrays(random_weights(config))
+
+
+def by_big_vision(path: Path, config: MixerConfig, layout: str) -> Checkpoint:
+    saved_by_big_vision(path, {f"params/{name}": array for name, array in random_weights(config).items()})
+    return Checkpoint.from_arrays(random_weights(config))
+
+
 FORMATS = {  # writer, ending, layout
     "npz": (by_convert, ".npz", "flax"),
     "npz deflated by NumPy": (by_numpy, ".npz", "google"),
     "safetensors": (by_convert, ".safetensors", "timm"),
     "safetensors of the library": (by_safetensors, ".safetensors", "timm"),
+    "msgpack": (by_convert, ".msgpack", "google"),
     "pt": (by_convert, ".pt", "timm"),
     "orbax": (by_convert, "", "flax"),
+    "msgpack of Flax": (by_flax, ".msgpack", "google"),
+    "orbax of others": (by_flax, "", "google"),
+    "bigvision": (by_big_vision, "", "google"),
 }
 
 
@@ -108,14 +122,17 @@ def outcome(path: Path, expected: Checkpoint) -> str:
     except Exception:
         traceback.print_exc()
         return "traceback"
-    return "harmless" if checkpoint.metadata == expected.metadata and equal(arrays, expected.arrays) else "wrong"
+    if checkpoint.metadata == expected.metadata and equal(arrays, expected.arrays):
+        return "harmless"
+    assert not checkpoint.verified
+    return "wrong"
 
 
 def campaign(folder: Path, format: str, kind: str, amount: int) -> dict[str, int]:
     """The outcomes of a kind of damage to every file of a checkpoint, with their numbers."""
     write, ending, layout = FORMATS[format]
     path, counts = folder / f"w{ending}", collections.Counter(refused=0, harmless=0, wrong=0, traceback=0)
-    expected = write(path, LARGER if kind == "mutated" else SMALLEST, layout)
+    expected = write(path, LARGER if kind == "mutated" and format != "bigvision" else SMALLEST, layout)
     for file in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
         whole = file.read_bytes()
         for data in {"flipped": flipped, "cut": cut, "mutated": mutated}[kind](whole, amount if whole else 0):

@@ -178,7 +178,7 @@ NO_CHECKPOINTS = {
         b"\n<!DOCTYPE html><html><body>404</body></html>",
         r"a web page \(HTML or XML\), not a checkpoint: the download did not give the file",
     ),
-    "text.npz": (b"not found", "not a checkpoint: neither .npz, .safetensors, .pt nor an Orbax folder"),
+    "text.npz": (b"not found", "not a checkpoint: neither .npz, .safetensors, .pt, .msgpack nor an Orbax folder"),
     "pickle.pt": (b"\x80\x02}q\x00.", "a bare pickle, which is never loaded"),
     "readme.npz": (npz_of("readme.txt", b"hello"), r"readme.txt: not an array \(.npy\)"),
     "garbage.npz": (npz_of("stem/kernel.npy", b"hello"), "stem/kernel.npy: not an .npy array"),
@@ -210,7 +210,7 @@ def test_what_is_no_checkpoint_is_refused_before_memory_is_taken(tmp_path, name)
 
 def test_what_is_not_there_or_no_file_is_refused(tmp_path):
     refuse_to_read(tmp_path / "nowhere.npz", "no such file or folder")
-    refuse_to_read(tmp_path, "a folder, and not an Orbax checkpoint")
+    refuse_to_read(tmp_path, r"a folder in which no checkpoint is found: neither .*, nor steps of one \(7, step_7,")
 
 
 class Bomb:

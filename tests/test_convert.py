@@ -17,7 +17,7 @@ from convert.layouts import GOOGLE, LAYOUTS
 from convert.mapping import shapes
 from convert.metadata import add_checksum
 
-ENDINGS = [".npz", ".safetensors", pytest.param(".pt", marks=pytest.mark.torch), ""]
+ENDINGS = [".npz", ".safetensors", ".msgpack", pytest.param(".pt", marks=pytest.mark.torch), ""]
 endings = pytest.mark.parametrize("ending", ENDINGS)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -35,6 +35,11 @@ def saved_by_others(path, weights, metadata=None):
         import torch
 
         torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, path)
+    elif path.suffix == ".msgpack":
+        from flax.serialization import msgpack_serialize
+        from flax.traverse_util import unflatten_dict
+
+        path.write_bytes(msgpack_serialize({"params": unflatten_dict(weights, sep="/")}))
     else:
         import orbax.checkpoint as ocp
         from flax.traverse_util import unflatten_dict
@@ -44,6 +49,19 @@ def saved_by_others(path, weights, metadata=None):
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(path, args=ocp.args.Composite(**items))
     return path
+
+
+def saved_by_big_vision(folder, arrays):
+    """As its utils.py does: JAX's array serialization, each leaf in a folder with its path for a name."""
+    import jax.numpy as jnp
+    from jax.experimental.array_serialization.serialization import GlobalAsyncCheckpointManager
+
+    folder.mkdir(parents=True)
+    paths = [str(folder / name.replace("/", "~")) for name in arrays]
+    manager = GlobalAsyncCheckpointManager()
+    manager.serialize_with_paths([jnp.asarray(array) for array in arrays.values()], paths)
+    manager.wait_until_finished()
+    return folder
 
 
 def equal(a, b) -> bool:
@@ -180,7 +198,7 @@ def test_a_file_without_metadata_has_its_layouts_numerics(tmp_path, layout):
     weights = Checkpoint.from_arrays(random_weights(TINY)).to(layout)
     checkpoint = convert.read(saved_by_others(tmp_path / "w.npz", weights.as_numpy()))
     assert checkpoint.metadata.gelu == ("tanh" if layout in ("google", "flax", "legacy") else "exact")
-    assert checkpoint.metadata.layer_norm_epsilon == (1e-5 if layout == "reference" else 1e-6)
+    assert checkpoint.metadata.layer_norm_epsilon == (1e-5 if layout in ("reference", "mmpretrain", "mlx") else 1e-6)
     assert not checkpoint.explicit
 
 
@@ -322,7 +340,8 @@ def test_tensors_of_a_pt_have_their_own_values(tmp_path):
     state = {"a": base, "b": base + 100, "shared": base, "strided": base.T, "row": base[2], "empty": torch.ones(0, 2)}
     state |= {"half": base.to(torch.bfloat16), "parameter": torch.nn.Parameter(base + 300)}
     torch.save({"list": [torch.full((4, 6), 5.0)]} | state, tmp_path / "w.pt")
-    arrays = FORMATS["pt"].read(tmp_path / "w.pt").arrays
+    arrays = dict(FORMATS["pt"].read(tmp_path / "w.pt").arrays)
+    assert np.array_equal(np.asarray(arrays.pop("list/0")), np.full((4, 6), 5.0))
     assert arrays.keys() == state.keys()
     for name, array in arrays.items():
         assert np.array_equal(np.asarray(array).astype(np.float32), state[name].detach().float().numpy())
@@ -334,7 +353,7 @@ def test_tensors_of_a_pt_have_their_own_values(tmp_path):
 
 
 def test_an_ending_of_no_format_is_refused(tmp_path, square):
-    message = r"no format has the ending '.h5': use .npz, .safetensors, .pt, .pth, .orbax, or none"
+    message = r"no format has the ending '.h5': use .npz, .safetensors, .pt, .pth, .msgpack, .orbax, or none"
     with pytest.raises(CheckpointError, match=message):
         convert.write(tmp_path / "w.h5", convert.read(square.weights_file))
 

@@ -2,15 +2,17 @@
 
 Each module has `read(path) -> Content`, lazy where the format allows it, and `write(path, arrays, metadata)`, which may leave
 an incomplete file when it fails: the caller gives a temporary name. A format is recognised by content when a file is read,
-and chosen by the ending of the name when one is written. torch and orbax are imported with the module that needs them.
+and chosen by the ending of the name when one is written. torch, orbax and tensorstore are imported where they are needed.
 """
 
 import importlib
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..arrays import Array, Arrays
 from ..errors import CheckpointError
@@ -20,21 +22,25 @@ from ..errors import CheckpointError
 class Content:
     """What a file holds: arrays by name, its metadata (None: it has none), and the paths of entries that are not arrays.
 
-    `verified`: every array is checked against a checksum of the file when it is read.
+    `verified`: every array is checked against a checksum of the file when it is read. `inner` has the metadata of single sets
+    of weights in the file, by their path.
     """
 
     arrays: Mapping[str, Array]
     metadata: Mapping[str, Any] | None = None
     others: Sequence[str] = ()
     verified: bool = False
+    inner: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Format:
     """A row of FORMATS. `usual_layout` is the layout that other people's code expects in this format.
 
+    `endings` are those that ask for the format when a file is written; one without endings is only read.
     `omits_defaults`: files by other writers carry no metadata, so a file of ours carries only what differs from the defaults
-    of its layout where these are certain.
+    of its layout where these are certain. `holds_variables`: an NNX model is restored from it with Variables as leaves, which
+    have their arrays one level down.
     """
 
     name: str
@@ -42,6 +48,7 @@ class Format:
     usual_layout: str
     is_folder: bool = False
     omits_defaults: bool = False
+    holds_variables: bool = False
 
     def read(self, path: Path) -> Content:
         return self._module().read(path)
@@ -60,7 +67,9 @@ FORMATS = {
         Format("npz", (".npz",), "google", omits_defaults=True),
         Format("safetensors", (".safetensors",), "timm"),
         Format("pt", (".pt", ".pth"), "timm"),
-        Format("orbax", ("", ".orbax"), "flax", is_folder=True),
+        Format("msgpack", (".msgpack",), "google"),
+        Format("orbax", ("", ".orbax"), "flax", is_folder=True, holds_variables=True),
+        Format("bigvision", (), "google", is_folder=True),
     )
 }
 
@@ -77,9 +86,14 @@ def format_for_writing(path: Path) -> Format:
 def format_of_file(path: Path) -> Format:
     """The format of the file at `path`, recognised by its first bytes or, for a zip, by its members."""
     if path.is_dir():
-        if is_orbax(path):
+        if is_orbax(path) or any(path.glob("*/_METADATA")):
             return FORMATS["orbax"]
-        raise CheckpointError("a folder, and not an Orbax checkpoint")
+        if any(path.glob("*/.zarray")):
+            return FORMATS["bigvision"]
+        raise CheckpointError(
+            "a folder in which no checkpoint is found: neither an Orbax checkpoint (_METADATA in it or in an item of it), nor "
+            "steps of one (7, step_7, checkpoint_7), nor big_vision's checkpoint.bv-000000007: give the path of the checkpoint"
+        )
     with open(path, "rb") as file:
         start = file.read(512)
     if not start:
@@ -97,11 +111,27 @@ def format_of_file(path: Path) -> Format:
         return FORMATS["pt" if any(name.endswith("/data.pkl") for name in names) else "npz"]
     if start.startswith(b"\x80"):
         raise CheckpointError("a bare pickle, which is never loaded: in PyTorch 1.6 or later, torch.save the state_dict")
-    raise CheckpointError("not a checkpoint: neither .npz, .safetensors, .pt nor an Orbax folder")
+    if is_msgpack(start):
+        return FORMATS["msgpack"]
+    raise CheckpointError("not a checkpoint: neither .npz, .safetensors, .pt, .msgpack nor an Orbax folder")
+
+
+def is_msgpack(start: bytes) -> bool:
+    """Whether a file that starts so can be a map of msgpack, with something in it."""
+    return start[:1] in {*(bytes([first]) for first in range(0x81, 0x90)), b"\xde", b"\xdf"}
 
 
 def is_orbax(path: Path) -> bool:
-    return (path / "_CHECKPOINT_METADATA").is_file() or (path / "params" / "_METADATA").is_file()
+    names = ("_CHECKPOINT_METADATA", "_METADATA", "params/_METADATA")
+    return any((path / name).is_file() for name in names)
+
+
+MOST_LEAVES = 100_000  # in a tree of weights and optimiser state; the largest Mixer with Adam has some 1500
+
+
+def is_state(shape: tuple[int, ...], dtype: np.dtype) -> bool:
+    """Whether an array can only be a counter (it has no axes) or a random key of JAX (of uint32), and never a weight."""
+    return shape == () or dtype == np.uint32
 
 
 # Our metadata stands under OUR_KEY beside SIGNATURE, so that damage to one of the two is noticed.

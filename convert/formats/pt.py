@@ -1,10 +1,12 @@
 """PyTorch's .pt: a state_dict, read with `weights_only=True` after the zip's own checksums, which torch does not check.
 
-Our metadata is the entry "mixer_jax" of `state_dict._metadata`, which `load_state_dict` ignores.
+Our metadata is the entry "mixer_jax" of `state_dict._metadata`, which `load_state_dict` ignores. Trainers write objects beside
+the weights; those of INERT are read as an empty placeholder, so nothing of their classes is imported or run.
 """
 
 import collections
 import re
+import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,37 @@ except ModuleNotFoundError:
     raise ImportError("reading and writing .pt needs PyTorch: pip install 'mixer-jax[torch]'") from None
 
 
+INERT = (
+    "argparse.Namespace",  # timm and many scripts: the arguments
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "numpy.core.multiarray.scalar",  # a metric
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "mmengine.config.config.ConfigDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
+
+
+_LOCK = threading.Lock()  # torch has one list of names for all threads
+
+
+class Inert:
+    """Stands for an object of another library: takes whatever is given to it and keeps nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "Inert":
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 def read(path: Path) -> Content:
     read_directory(path, OpenFile(path))
     try:
@@ -34,14 +67,17 @@ def read(path: Path) -> Content:
     if damaged:
         raise CheckpointError(f"{damaged}: its bytes are not the ones that were written (CRC-32): fetch or write it again")
     try:
-        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        with _LOCK, torch.serialization.safe_globals([(Inert, name) for name in INERT]):
+            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except Exception as error:  # a restricted unpickler can stop at anything
         reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()[:1] or [type(error).__name__]
         raise CheckpointError(f"torch.load(weights_only=True) refuses it, and nothing else is tried: {reason[0]}") from None
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"holds a {type(state).__name__}, not a state_dict")
+        what = "an object of another library" if isinstance(state, Inert) else f"a {type(state).__name__}"
+        raise CheckpointError(f"holds {what}, not a state_dict")
     arrays, others = flattened(state)
-    return Content(arrays, carried(state), others, verified=True)
+    inner = carried(state)
+    return Content(arrays, inner.pop("", None), others, verified=True, inner=inner)
 
 
 def write(path: Path, arrays: Arrays, metadata: Mapping[str, Any]) -> None:
