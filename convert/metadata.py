@@ -1,6 +1,6 @@
 """Metadata: what the arrays of a checkpoint cannot say, and its checked form in a file."""
 
-__all__ = ["PREPROCESSING_NAMES", "Metadata"]
+__all__ = ["Metadata"]
 
 import json
 import math
@@ -12,8 +12,7 @@ from typing import Any, Self, get_args
 from .config import Gelu, MixerConfig, Size, usual_depth
 from .errors import CheckpointError
 from .layouts import Layout
-
-PREPROCESSING_NAMES = ("resmall_crop", "resize_crop", "squash", "timm_bicubic", "timm_bilinear")
+from .preprocessing import canonical
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +20,8 @@ class Metadata:
     """Numerics, grid, preprocessing and class names.
 
     `image_size` is (height, width) in pixels; None means that the tokens form a square. `labels` has a name for each class.
-    `preprocessing` names how an image becomes an array; None means unknown. `num_blocks` confirms a depth that no published
-    Mixer of these widths has.
+    `preprocessing` names or describes how an image becomes an array (see `preprocessing.py`); None means unknown.
+    `num_blocks` confirms a depth that no published Mixer of these widths has.
     """
 
     gelu: Gelu
@@ -56,19 +55,19 @@ class Metadata:
             raise CheckpointError(f"metadata that is not understood (written by a newer version?): {what}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         new = replace(self, **values)
-        labels, size = new.labels, new.image_size
+        labels, size, preprocessing = new.labels, new.image_size, _canonical(new.preprocessing)
         faults = {
             "gelu": new.gelu not in get_args(Gelu),
             "layer_norm_epsilon": not (isinstance(new.layer_norm_epsilon, float) and 0 < new.layer_norm_epsilon < math.inf),
             "image_size": size is not None and not (_all(size, int) and len(size) == 2 and min(size) > 0),
-            "preprocessing": new.preprocessing not in (None, *PREPROCESSING_NAMES),
+            "preprocessing": new.preprocessing is not None and preprocessing is None,
             "labels": labels is not None and not _all(labels, str),
             "num_blocks": new.num_blocks is not None and not (type(new.num_blocks) is int and new.num_blocks > 0),
         }
         if any(faults.values()):
             wrong = ", ".join(f"{k} {getattr(new, k)!r}" for k, fault in faults.items() if fault)
             raise CheckpointError(f"metadata that makes no sense: {wrong}")
-        return new
+        return replace(new, preprocessing=preprocessing)
 
     def differences(self, other: "Metadata", fields: Sequence[str]) -> list[str]:
         """The fields in which the two differ, as "gelu: tanh against exact"."""
@@ -97,6 +96,14 @@ def verify_checksum(metadata: Any) -> dict[str, Any]:
 
 def _crc(fields: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(fields, sort_keys=True).encode()):08x}"
+
+
+def _canonical(preprocessing: Any) -> str | None:
+    """None for what is no preprocessing."""
+    try:
+        return canonical(preprocessing) if isinstance(preprocessing, str) else None
+    except CheckpointError:
+        return None
 
 
 def _all(values: Any, kind: type) -> bool:

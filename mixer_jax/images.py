@@ -19,7 +19,7 @@ from einops import rearrange
 
 from convert import CheckpointError, MixerConfig
 
-from .preprocess import PREPROCESSINGS, ImageError, load_image, require_pillow
+from .preprocess import ImageError, load_image, preprocessing_of, require_pillow
 
 NONE_LISTED = "no images: standard input lists none"
 
@@ -55,6 +55,7 @@ def run_on_images(
     Every batch has the same shape, so that XLA compiles once. While one batch is computed the next are decoded, by one thread
     per core unless `threads` is given: at most two decoded batches wait in memory.
     """
+    scaled = [preprocessing_of(name, config.in_channels).scaled for name in preprocessings]
     decode = partial(decoded, preprocessings=preprocessings, config=config, use_exif=use_exif)
     computing: tuple[list[ImageResult], list[Outputs]] | None = None
     with contextlib.closing(decode_ahead(decode, paths, threads=threads or cores(), count=2 * batch_size)) as ready:
@@ -62,7 +63,7 @@ def run_on_images(
             inputs = np.zeros((len(preprocessings), batch_size, *config.image_size, config.in_channels), np.float32)
             for i, result in enumerate(batch):
                 for p, pixels in enumerate(result.pixels):
-                    inputs[p, i] = PREPROCESSINGS[preprocessings[p]].scaled(pixels)
+                    inputs[p, i] = scaled[p](pixels)
             started = batch, [forward(images) for images in inputs]
             if computing:
                 yield from _completed(*computing)
@@ -75,7 +76,7 @@ def decoded(path: str, *, preprocessings: Sequence[str], config: MixerConfig, us
     """An image as each preprocessing resizes and crops it."""
     try:
         image = load_image(path, channels=config.in_channels, use_exif=use_exif)
-        return ImageResult(path, [PREPROCESSINGS[name].pixels(image, config.image_size) for name in preprocessings])
+        return ImageResult(path, [preprocessing_of(name).pixels(image, config.image_size) for name in preprocessings])
     except (ImageError, MemoryError) as error:
         return ImageResult(path, error=str(error) or "needs more memory than there is")
 

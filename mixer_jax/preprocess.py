@@ -8,18 +8,22 @@
 | `timm_bicubic` | shorter side to 256, bicubic with antialias, centre crop 224 | timm's `goog` files |
 | `timm_bilinear` | the same, bilinear | timm's `miil` files |
 
-The last gives values from 0 to 1 (`x / 255`), all others from -1 to 1 (`x / 127.5 - 1`). The first three compute in float32
+The last gives values from 0 to 1 (`x / 255`), all others from -1 to 1 (`x / 127.5 - 1`). Any other evaluation of timm's has a
+description, `timm:bicubic,center=0.9,mean=0.485/0.456/0.406,std=0.229/0.224/0.225` (`convert.preprocessing`), which gives
+`(x / 255 - mean) / std`. The first three compute in float32
 and in the order of TensorFlow's kernels, and give the same pixels, bit for bit, from the same uint8 image. **JPEG decoders
 differ**: TensorFlow and Pillow may decode the same file to different uint8 images, which nothing here corrects.
 
 For models of another image size, h x w, the crop is h x w, and the image is first resized to a target 8/7 as large: 8h/7 and
-8w/7 are rounded for the official preprocessings, and rounded down for timm's, as their codes do. "Shorter side" then means:
+8w/7 are rounded for the official preprocessings, and rounded down for timm's, as their codes do (a description has its own
+fraction in place of 7/8). "Shorter side" then means:
 scale so that both sides cover the target.
 """
 
-__all__ = ["PREPROCESSINGS", "ImageError", "Preprocessing", "load_image", "prepare", "preprocessing_name"]
+__all__ = ["PREPROCESSINGS", "ImageError", "Preprocessing", "load_image", "prepare", "preprocessing_name", "preprocessing_of"]
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,8 +32,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert import MixerConfig
+from convert import CheckpointError, MixerConfig
 from convert.config import Size
+from convert.preprocessing import NAMED_BY_TIMM, Described, canonical, parsed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,14 +48,16 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """`pixels(image, size)` resizes and crops a uint8 image to values of 0 to 255; `scaled` maps these to `low` to 1."""
+    """`pixels(image, size)` resizes and crops a uint8 image to values of 0 to 255; `scaled` makes a float32 input of these."""
 
     pixels: Callable[[np.ndarray, Size], np.ndarray]
-    low: float = -1.0
+    scaled: Callable[[np.ndarray], np.ndarray]
 
-    def scaled(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels of 0 to 255 as a model's float32 input."""
-        return pixels / np.float32(255 / (1 - self.low)) + np.float32(self.low)
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the greatest value of a model's input."""
+        ends = self.scaled(np.array([[0], [255]], np.uint8))
+        return float(ends.min()), float(ends.max())
 
 
 def prepare(
@@ -58,11 +65,11 @@ def prepare(
 ) -> np.ndarray:
     """One image as a model's float32 input (h, w, c), or a list of images as a batch (b, h, w, c).
 
-    `model` is a Flax or PyTorch model, or a MixerConfig. `preprocessing`, a name in PREPROCESSINGS, overrides the model's own;
-    a MixerConfig has none. The PyTorch model takes `torch.from_numpy(batch).permute(0, 3, 1, 2)`. Images and `use_exif` are
-    those of `load_image`. Raises ImageError, naming the image in a list, and ValueError without a known preprocessing.
+    `model` is a Flax or PyTorch model, or a MixerConfig. `preprocessing`, a name or a description, overrides the model's
+    own; a MixerConfig has none. The PyTorch model takes `torch.from_numpy(batch).permute(0, 3, 1, 2)`. Images and `use_exif`
+    are those of `load_image`. Raises ImageError, naming the image in a list, and ValueError without a known preprocessing.
     """
-    chosen = PREPROCESSINGS[preprocessing_name(model, preprocessing)]
+    chosen = preprocessing_of(preprocessing_name(model, preprocessing))
     config = model if isinstance(model, MixerConfig) else model.config
 
     def prepared(image: Source) -> np.ndarray:
@@ -108,16 +115,28 @@ def require_pillow() -> None:
 
 
 def preprocessing_name(model: Any, name: str | None) -> str:
-    """The name given, or else the model's own. Raises ValueError if there is neither, or an unknown one."""
-    if not isinstance(getattr(model, "config", model), MixerConfig):
+    """The name or description given, or else the model's own. Raises ValueError for neither, or for one it cannot use."""
+    config = getattr(model, "config", model)
+    if not isinstance(config, MixerConfig):
         raise TypeError(f"a model is needed, such as mixer_jax.load(file) returns, not a {type(model).__name__}")
     name = getattr(model, "preprocessing", None) if name is None else name
-    names = ", ".join(PREPROCESSINGS)
     if name is None:
+        names = ", ".join(PREPROCESSINGS)
         raise ValueError(f"this {type(model).__name__} has no preprocessing of its own: give preprocessing=, one of {names}")
-    if name not in PREPROCESSINGS:
-        raise ValueError(f"no preprocessing {name!r}: one of {names}")
-    return name
+    preprocessing_of(name, config.in_channels)
+    return canonical(name)
+
+
+def preprocessing_of(text: str, channels: int | None = None) -> Preprocessing:
+    """That of a name or a description. Raises ValueError if it is none, or its mean and std are for other channels."""
+    how = parsed(canonical(text))
+    if isinstance(how, str):
+        return PREPROCESSINGS[how]
+    if channels is not None and how.channels not in (None, channels):
+        raise CheckpointError(
+            f"preprocessing {how}: mean and std are of {how.channels} channels, and the model takes {channels}"
+        )
+    return Preprocessing(partial(_timm, how=how), partial(_normalised, how=how))
 
 
 def resmall_crop(image: np.ndarray, size: Size) -> np.ndarray:
@@ -197,28 +216,52 @@ def _bilinear_terms(old: int, new: int, part: slice) -> tuple[np.ndarray, np.nda
     return below.astype(int).clip(0), np.ceil(at).astype(int).clip(0, old - 1), at - below
 
 
-def _timm(image: np.ndarray, size: Size, filter: str) -> np.ndarray:
+def _timm(image: np.ndarray, size: Size, how: Described) -> np.ndarray:
     from PIL import Image
 
-    (h, w), (larger_h, larger_w) = image.shape[:2], (size[0] * 8 // 7, size[1] * 8 // 7)
-    if larger_h == larger_w:
-        height, width = (larger_h * length // min(h, w) for length in (h, w))
+    h, w = image.shape[:2]
+    target_h, target_w = (math.floor(side / how.crop_pct) for side in size)
+    if how.crop_mode == "squash":
+        height, width = target_h, target_w
+    elif how.crop_mode == "center" and target_h == target_w:
+        height, width = (target_h * length // min(h, w) for length in (h, w))
     else:
-        shrink = min(h / larger_h, w / larger_w)
+        shrink = (max if how.crop_mode == "border" else min)(h / target_h, w / target_w)
         height, width = round(h / shrink), round(w / shrink)
-    if height * width > (Image.MAX_IMAGE_PIXELS or np.inf):
+    if not 0 < height * width <= (Image.MAX_IMAGE_PIXELS or np.inf):
         raise ImageError(f"{w}x{h} pixels would become {width}x{height} before they are cropped: crop it first")
-    resized = _pil_image(image).resize((width, height), Image.Resampling[filter])
-    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
-    return np.asarray(resized.crop((left, top, left + size[1], top + size[0]))).reshape(*size, image.shape[2])
+    resized = _pil_image(image).resize((width, height), Image.Resampling[how.interpolation.upper()])
+    pixels = np.asarray(resized).reshape(height, width, -1)
+    if how.crop_mode == "border":
+        pixels = _padded(pixels, size, [round(255 * value) for value in how.mean])
+    top, left = (round((old - new) / 2) for old, new in zip(pixels.shape, size))
+    return pixels[top : top + size[0], left : left + size[1]].copy()
+
+
+def _padded(pixels: np.ndarray, size: Size, colour: Sequence[int]) -> np.ndarray:
+    """At least of `size`, with the image in the middle."""
+    h, w, channels = pixels.shape
+    canvas = np.full((max(h, size[0]), max(w, size[1]), channels), np.clip(colour, 0, 255), np.uint8)
+    top, left = ((new - old) // 2 for new, old in zip(canvas.shape, (h, w)))
+    canvas[top : top + h, left : left + w] = pixels
+    return canvas
+
+
+def _between(low: float, pixels: np.ndarray) -> np.ndarray:
+    """Pixels of 0 to 255 as values from `low` to 1."""
+    return pixels / np.float32(255 / (1 - low)) + np.float32(low)
+
+
+def _normalised(pixels: np.ndarray, how: Described) -> np.ndarray:
+    return (pixels / np.float32(255) - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
 
 
 PREPROCESSINGS = {
-    "resmall_crop": Preprocessing(resmall_crop),
-    "resize_crop": Preprocessing(resize_crop),
-    "squash": Preprocessing(squash),
-    "timm_bicubic": Preprocessing(partial(_timm, filter="BICUBIC")),
-    "timm_bilinear": Preprocessing(partial(_timm, filter="BILINEAR"), low=0.0),
+    "resmall_crop": Preprocessing(resmall_crop, partial(_between, -1)),
+    "resize_crop": Preprocessing(resize_crop, partial(_between, -1)),
+    "squash": Preprocessing(squash, partial(_between, -1)),
+    "timm_bicubic": Preprocessing(partial(_timm, how=NAMED_BY_TIMM["timm_bicubic"]), partial(_between, -1)),
+    "timm_bilinear": Preprocessing(partial(_timm, how=NAMED_BY_TIMM["timm_bilinear"]), partial(_between, 0)),
 }
 
 

@@ -12,10 +12,10 @@ from conftest import HERE, TINY, random_weights
 from PIL import Image, ImageCms
 
 import mixer_jax
-from convert import Checkpoint
-from convert.metadata import PREPROCESSING_NAMES
+from convert import Checkpoint, CheckpointError
+from convert.preprocessing import NAMED_BY_TIMM, PREPROCESSING_NAMES, canonical
 from mixer_jax import preprocess
-from mixer_jax.preprocess import PREPROCESSINGS, ImageError, load_image, prepare
+from mixer_jax.preprocess import PREPROCESSINGS, ImageError, load_image, prepare, preprocessing_of
 
 GOLDEN = HERE / "golden" / "preprocess"
 KEYS = {"resmall_crop": "tensorflow", "resize_crop": "tensorflow", "squash_224": "tensorflow", "timm_bicubic": "timm"}
@@ -42,6 +42,72 @@ def test_every_pixel_is_that_of_tensorflow_and_timm(photograph, key):
     golden = wanted(photograph, key)
     assert pixels.dtype == golden.dtype
     assert pixels.tobytes() == golden.tobytes()
+
+
+with np.load(GOLDEN / "timm_described_outputs.npz", allow_pickle=False) as data:
+    DESCRIBED = dict(data)
+
+
+@pytest.mark.parametrize("key", DESCRIBED)
+def test_a_description_gives_the_pixels_and_the_input_of_timm(key):
+    photograph, text, size, *of_input = key.split("|")
+    assert canonical(text) == text
+    preprocessing, golden = preprocessing_of(text, 3), DESCRIBED[key]
+    height, width = map(int, size.split("x"))
+    pixels = preprocessing.pixels(load_image(GOLDEN / f"{photograph}.png"), (height, width))
+    result = preprocessing.scaled(pixels) if of_input else pixels
+    assert (result.dtype, result.shape) == (golden.dtype, golden.shape)
+    assert result.tobytes() == golden.tobytes()
+
+
+def test_another_crop_interpolation_or_mode_is_noticed():
+    """The comparison above can fail: each change moves at least a tenth of the pixels."""
+    key = next(key for key in DESCRIBED if "landscape|timm:bicubic,center=0.9" in key)
+    text, image = key.split("|")[1], load_image(GOLDEN / "landscape.png")
+    for old, new in (("bicubic", "bilinear"), ("center", "squash"), ("0.9", "0.875"), ("center", "border")):
+        other = preprocessing_of(text.replace(old, new, 1)).pixels(image, (40, 40))
+        assert (other != DESCRIBED[key]).mean() > 0.1
+
+
+@pytest.mark.parametrize("name", NAMED_BY_TIMM)
+def test_a_description_that_means_a_name_is_that_name(name):
+    text = str(NAMED_BY_TIMM[name])
+    assert canonical(text) == canonical(name) == name
+    assert canonical(text.replace("mean=0.5", "mean=.5/0.50/5e-1").replace(",", ", ")) == name
+    assert canonical(text.replace("0.875", "0.9")) == text.replace("0.875", "0.9")
+    config, image = TINY, noise(30, 20, 3)
+    assert np.array_equal(prepare(image, config, text), prepare(image, config, name))
+    by_timm = preprocessing_of(text.replace("0.875", "0.874"))  # another, which is scaled as timm scales
+    assert abs(by_timm.scaled(image) - PREPROCESSINGS[name].scaled(image)).max() <= 1e-7  # measured: 6e-8, half an ulp of 1
+
+
+NO_DESCRIPTIONS = {
+    "timm": "no preprocessing 'timm': one of resmall_crop, .*, or a description such as timm:bicubic,center=0.9,mean=",
+    "timm:bicubic,center=0.9": "or a description such as",
+    "timm:random,center=0.9,mean=0,std=1": "interpolation 'random' is none of nearest, bilinear, bicubic, box, ",
+    "timm:bicubic,corner=0.9,mean=0,std=1": "crop mode 'corner' is none of center, squash, border",
+    "timm:bicubic,center=0,mean=0,std=1": "crop 0 is not from 0.1 to 1",
+    "timm:bicubic,center=1.1,mean=0,std=1": "crop 1.1 is not from 0.1 to 1",
+    "timm:bicubic,center=nan,mean=0,std=1": "crop nan is not from 0.1",
+    "timm:bicubic,center=1/1,mean=0,std=1": "one of its numbers is none",
+    "timm:bicubic,center=1,mean=x,std=1": "one of its numbers is none",
+    "timm:bicubic,center=1,mean=inf,std=1": "mean inf is not of finite numbers",
+    "timm:bicubic,center=1,mean=0,std=1/0/1": "std 1/0/1 is not of numbers above 0",
+    "timm:bicubic,center=1,mean=0/1/0,std=1/2": "mean is of 3 channels, std of 2",
+}
+
+
+@pytest.mark.parametrize("text", NO_DESCRIPTIONS)
+def test_what_is_no_description_is_refused(text):
+    with pytest.raises(CheckpointError, match=f"^no preprocessing '{text}': .*{NO_DESCRIPTIONS[text].split(': ')[-1]}"):
+        prepare(noise(9, 9, 3), TINY, text)
+
+
+def test_mean_and_std_of_three_channels_are_refused_for_grey():
+    grey = TINY.replace(in_channels=1)
+    with pytest.raises(CheckpointError, match="mean and std are of 3 channels, and the model takes 1"):
+        prepare(noise(9, 9), grey, "timm:box,center=1,mean=0.1/0.2/0.3,std=1")
+    assert prepare(noise(9, 9), grey, "timm:box,border=1,mean=0.5,std=0.2").shape == (8, 15, 1)
 
 
 def test_float64_rounding_a_shifted_crop_and_pillows_box_miss_pixels():
