@@ -13,6 +13,7 @@ from .config import Gelu, Size, variant_sizes
 from .dtypes import WEIGHTS, weights_dtype
 from .errors import CheckpointError
 from .io import ReadOptions
+from .preprocessing import PREPROCESSING_NAMES, canonical
 
 
 def run_guarded(command: Callable[[], object]) -> int:
@@ -73,7 +74,12 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer-norm-epsilon", type=float, metavar="E", help="LayerNorm epsilon of the weights (default: the file's)"
     )
+    names = f"{', '.join(PREPROCESSING_NAMES)} or a description (docs/converting.md) of what images go through"
+    parser.add_argument("--preprocess", type=preprocessing, metavar="NAME", help=f"{names} (default: the file's)")
     parser.add_argument("--key", help="which of several sets of weights in the file, such as state_dict_ema")
+    parser.add_argument(
+        "--step", type=whole_number(0), metavar="N", help="which of several checkpoints in a folder (default: the newest)"
+    )
     parser.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and infinity in the weights")
 
 
@@ -85,9 +91,11 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
         image_size=arguments.image_size,
         gelu=arguments.gelu,
         layer_norm_epsilon=arguments.layer_norm_epsilon,
+        preprocessing=arguments.preprocess,
         dtype=arguments.dtype,
         allow_nonfinite=arguments.allow_nonfinite,
         key=arguments.key,
+        step=arguments.step,
     )
 
 
@@ -123,6 +131,10 @@ def _checked(check: Callable[[str], object], text: str) -> str:
 def dtype(text: str) -> str:
     """The name of a dtype for weights; bf16 is bfloat16."""
     return weights_dtype(_checked(weights_dtype, text)).name
+
+
+def preprocessing(text: str) -> str:
+    return canonical(_checked(canonical, text))
 
 
 def variant(text: str) -> str:

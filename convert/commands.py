@@ -18,11 +18,12 @@ from .checkpoint import Checkpoint
 from .config import Size
 from .errors import CheckpointError
 from .formats import format_for_writing, format_of_file
-from .identity import ArrayDifference, differences, fingerprint, same_sizes
+from .identity import ArrayDifference, differences, fingerprint, same_sizes, sha256_of
 from .io import ReadOptions, read, usual_layout, write
 from .labels import read_labels
 from .layouts import ALIASES, GOOGLE, LAYOUTS, Layout, layout_named
 from .progress import Progress
+from .published import published_file, with_hash
 
 AnyPath = str | os.PathLike[str]
 
@@ -142,7 +143,8 @@ def inspect_file(source: AnyPath, *, reading: ReadOptions = ReadOptions()) -> di
     def origin(field: str) -> str:
         if getattr(reading, field, None) is not None:
             return "given as an option"
-        return "explicit" if field in checkpoint.explicit else f"{checkpoint.layout.name}'s default"
+        default = "explicit" if field in checkpoint.explicit else f"{checkpoint.layout.name}'s default"
+        return checkpoint.origins.get(field, default)
 
     return {
         "layout": checkpoint.layout.name,
@@ -155,7 +157,7 @@ def inspect_file(source: AnyPath, *, reading: ReadOptions = ReadOptions()) -> di
         "tokens_mlp_dim": sizes["tokens_mlp_dim"],
         "channels_mlp_dim": sizes["channels_mlp_dim"],
         "classes": sizes["num_classes"] or "none: no head",
-        "labels": len(metadata.labels) if metadata.labels else "none",
+        "labels": f"{len(metadata.labels)} ({origin('labels')})" if metadata.labels else "none",
         "dtype": checkpoint.dtype.name,
         "parameters": checkpoint.num_parameters,
         "nonfinite": f"{nan} NaN, {infinite} infinite" if nan or infinite else "none",
@@ -164,8 +166,10 @@ def inspect_file(source: AnyPath, *, reading: ReadOptions = ReadOptions()) -> di
         "preprocessing": f"{metadata.preprocessing or 'unknown'} ({origin('preprocessing')})",
         "integrity": "as written, by the file's checksums"
         if checkpoint.verified
-        else "cannot be verified: the file has no checksums",
+        else "cannot be verified: the file has no checksums, so a flipped bit would be a wrong weight",
+        "published": _published(source, checkpoint),
         "fingerprint": fingerprint(checkpoint.arrays, checkpoint.layout),
+        "also in the file": list(checkpoint.beside) or "nothing",
         "notes": list(checkpoint.notes) or "none",
         "arrays": arrays,
     }
@@ -213,8 +217,11 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     layout, metadata = checkpoint.layout, checkpoint.metadata
     notes = [
         *(f"note: {note}" for note in checkpoint.notes),
+        *([f"also in the file, and not converted: {', '.join(checkpoint.beside)}"] if checkpoint.beside else []),
         f"numerics: {metadata.gelu} GELU, LayerNorm epsilon {metadata.layer_norm_epsilon:g}; mixer_jax finds them in the file",
     ]
+    if metadata.preprocessing is None and "preprocessing" in checkpoint.origins:
+        notes.append(f"preprocessing unknown: {checkpoint.origins['preprocessing']}; --preprocess chooses")
     if metadata.gelu != layout.gelu:
         remedy = layout.tanh_remedy if metadata.gelu == "tanh" else ""
         notes.append(
@@ -250,6 +257,19 @@ def _ratio(width: int, hidden_dim: int) -> float:
     """The factor that timm multiplies hidden_dim by before it truncates the result to a whole number."""
     ratio = width / hidden_dim
     return ratio if int(ratio * hidden_dim) == width else math.nextafter(ratio, math.inf)
+
+
+def _published(source: AnyPath, checkpoint: Checkpoint) -> str:
+    """Which published file it is: by its hash, or else by the name that it was downloaded with, if that is so."""
+    file = Path(checkpoint.source)
+    sha256 = sha256_of(file) if file.is_file() else None
+    by_hash, by_name = with_hash(sha256 or "none"), published_file(str(source))
+    if not (published := by_hash or by_name):
+        return "not known: " + (f"the SHA-256 {sha256} is that of no file known here" if sha256 else "a folder has no hash")
+    top1 = f"top-1 {published.top1} % on ImageNet's validation images" if published.top1 else ""
+    copy = f"the weights of {published.copy_of}" if published.copy_of else ""
+    how = "by its SHA-256" if by_hash else "by the name it was given with, which says nothing of its content"
+    return "; ".join(filter(None, (f"{published.name}, {how}", copy, top1, published.note)))
 
 
 def _variant_and_grid(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -21,13 +21,16 @@ from pathlib import Path
 from filelock import FileLock
 
 from .errors import CheckpointError
+from .hub_config import CONFIG_FILE
+from .identity import sha256_of
 from .progress import Progress, progress_bar
-from .published import BASE_URL, HUB, HUB_FILE, ON_HUB, PUBLISHED, Published
+from .published import BASE_URL, HUB, HUB_FILE, Published, list_models, published_file
 
 Response = http.client.HTTPResponse | urllib.error.HTTPError
 
 CHUNK = 1 << 18  # bytes
 LONGEST_PAUSE = 60.0  # seconds
+ABSENT = ("EntryNotFoundError", "RemoteEntryNotFoundError")  # what the hub's client raises for a file that is not there
 MIRROR = "base=... or MIXER_JAX_BASE_URL names a mirror"
 
 
@@ -43,32 +46,34 @@ def download(
 ) -> Path:
     """The path of a published checkpoint in the cache, downloaded unless it is there or `force` asks for it again.
 
-    `name` is a key of PUBLISHED, such as "imagenet1k/Mixer-B_16", or "hf:owner/repository", which is fetched by the hub's own
-    client (ImportError if it is missing). `cache` defaults to MIXER_JAX_CACHE, then ~/.cache/mixer-jax; `base`, the address of
-    a mirror, to MIXER_JAX_BASE_URL, then BASE_URL. `progress` is called with the bytes that are there and their total; without
-    it, a terminal shows a bar. After a broken connection, `timeout` seconds of silence or an answer such as 503, up to
-    `retries` more requests resume the download; so does the next call. Raises CheckpointError, saying what to do.
+    `name` is one that `list_models` gives, such as "imagenet1k/Mixer-B_16", or "hf:owner/repository", which is fetched by the
+    hub's own client (ImportError if it is missing), with its config.json if it has one. `cache` defaults to MIXER_JAX_CACHE,
+    then ~/.cache/mixer-jax; `base`, the address of a mirror, to MIXER_JAX_BASE_URL, then the owners' own. `progress` is called
+    with the bytes that are there and their total; without it, a terminal shows a bar. After a broken connection, `timeout`
+    seconds of silence or an answer such as 503, up to `retries` more requests resume the download; so does the next call.
+    Raises CheckpointError, saying what to do.
     """
     folder = cache or os.environ.get("MIXER_JAX_CACHE")
     if re.fullmatch(rf"{HUB}[\w.-]+/[\w.-]+", name):
         return _from_hub(name.removeprefix(HUB), Path(folder).expanduser() / "hub" if folder else None, base, force, timeout)
-    published = PUBLISHED.get(name.removesuffix(".npz"))
+    published = None if name.startswith(HUB) else published_file(name)
     if published is None:
-        known = "\n  ".join([*PUBLISHED, *ON_HUB, f"{HUB}owner/repository"])
+        known = "\n  ".join([*list_models(), f"{HUB}owner/repository"])
         raise CheckpointError(f"{name!r} is not a published checkpoint; these are:\n  {known}")
     target = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mixer-jax").expanduser() / published.file
-    base = (base or os.environ.get("MIXER_JAX_BASE_URL") or BASE_URL).rstrip("/")
-    if not re.fullmatch(r"https?://[!-~]+", base):
-        raise CheckpointError(f"{base!r} is not an address to download from: {MIRROR}, beginning with https:// or http://")
+    mirror = (base or os.environ.get("MIXER_JAX_BASE_URL") or "").rstrip("/")
+    if mirror and not re.fullmatch(r"https?://[!-~]+", mirror):
+        raise CheckpointError(f"{mirror!r} is not an address to download from: {MIRROR}, beginning with https:// or http://")
     if target.is_file() and not force:
         return target
-    listed = published if base == BASE_URL.rstrip("/") else None  # a mirror may have any file under the name
+    url = f"{mirror}/{published.file}" if mirror else published.address
+    listed = published if mirror in ("", BASE_URL.rstrip("/")) else None  # a mirror may have any file of this name and no hash
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):  # a second process waits here, then finds the file
             if force or not target.is_file():
                 with progress_bar(published.name) if progress is None else contextlib.nullcontext(progress) as report:
-                    _Transfer(f"{base}/{published.file}", target, listed, report, timeout).run(retries)
+                    _Transfer(url, target, listed, published.sha256, report, timeout).run(retries)
     except OSError as error:
         raise CheckpointError(
             f"{target}: cannot be written ({error}); cache=... or MIXER_JAX_CACHE names another folder"
@@ -91,6 +96,7 @@ class _Transfer:
     url: str
     target: Path
     listed: Published | None
+    sha256: str
     progress: Progress
     timeout: float
 
@@ -187,8 +193,14 @@ class _Transfer:
         return done
 
     def _verify(self, expected: str | None) -> None:
-        """The size, and the MD5 if it is known. The CRC-32 of its members is checked when they are read."""
+        """The size, and the hashes that are known. The CRC-32 of its members is checked when they are read."""
         self._require_listed(self.part.stat().st_size)
+        if not (sha256 := sha256_of(self.part) if self.sha256 else "").startswith(self.sha256):
+            self.part.unlink()
+            raise CheckpointError(
+                f"{self.url}: not the published file: its SHA-256 is {sha256}, that of the published one begins with "
+                f"{self.sha256}; the file is removed, download it again or from elsewhere: {MIRROR}"
+            )
         if expected is None:
             return
         with open(self.part, "rb") as file:
@@ -222,13 +234,27 @@ def _from_hub(repository: str, cache: Path | None, endpoint: str | None, force: 
         import huggingface_hub as hub  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise ImportError(f"a name with {HUB} needs the hub's client: pip install 'mixer-jax[hub]'") from None
-    try:
-        path = hub.try_to_load_from_cache(repository, HUB_FILE, cache_dir=cache)
-        if force or not isinstance(path, str):
-            options = {"cache_dir": cache, "endpoint": endpoint, "force_download": force, "etag_timeout": timeout}
-            path = hub.hf_hub_download(repository, HUB_FILE, **options)
-    except Exception as error:  # the hub's own, and those of the libraries below it
-        raise CheckpointError(
-            f"{HUB}{repository}: {HUB_FILE} cannot be downloaded ({error}); check the name and the connection"
-        ) from None
-    return Path(path)
+
+    def fetch(file: str, **revision: str) -> Path | None:
+        """None for a file that the repository does not have."""
+        try:
+            path = hub.try_to_load_from_cache(repository, file, cache_dir=cache, **revision)
+            if path is not None and not isinstance(path, str) and not force:  # known to be absent
+                return None
+            if force or path is None:
+                options = {"cache_dir": cache, "endpoint": endpoint, "force_download": force, "etag_timeout": timeout}
+                path = hub.hf_hub_download(repository, file, **options, **revision)
+        except Exception as error:  # the hub's own, and those of the libraries below it
+            if type(error).__name__ in ABSENT and file == CONFIG_FILE:
+                return None
+            raise CheckpointError(
+                f"{HUB}{repository}: {file} cannot be downloaded ({error}); check the name and the connection"
+            ) from None
+        return Path(path)
+
+    weights = fetch(HUB_FILE)
+    if weights is None:
+        raise CheckpointError(f"{HUB}{repository}: has no {HUB_FILE}")
+    snapshot = weights.parent  # named by the commit that the weights are of
+    fetch(CONFIG_FILE, **({"revision": snapshot.name} if snapshot.parent.name == "snapshots" else {}))
+    return weights

@@ -1,10 +1,11 @@
 """Which weights these are: a fingerprint that no layout or format changes, and how two checkpoints differ."""
 
-__all__ = ["ArrayDifference", "differences", "fingerprint", "same_sizes"]
+__all__ = ["ArrayDifference", "differences", "fingerprint", "same_sizes", "sha256_of"]
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from .arrays import Arrays, as_bytes, contiguous, same_bytes
 from .config import MixerConfig
 from .layouts import Layout
 from .mapping import to_canonical
-from .published import PUBLISHED
+from .published import of_sizes
 
 
 def fingerprint(arrays: Arrays, layout: Layout) -> str:
@@ -27,10 +28,15 @@ def fingerprint(arrays: Arrays, layout: Layout) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def sha256_of(path: Path) -> str:
+    """64 hexadecimal digits that identify a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def same_sizes(config: MixerConfig) -> list[str]:
-    """The published files of these sizes. Their content is not known here, so none can be confirmed."""
-    sizes = (config.variant, config.num_classes)
-    return [name for name, file in PUBLISHED.items() if (file.variant, file.classes) == sizes]
+    """The published files of these sizes, without copies of others."""
+    return [file.name for file in of_sizes(config.sizes) if not file.copy_of]
 
 
 @dataclass(frozen=True)

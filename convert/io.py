@@ -17,8 +17,12 @@ from .checkpoint import Checkpoint
 from .config import Gelu, Size, usual_depth
 from .errors import CheckpointError
 from .formats import Format, format_for_writing, format_of_file
+from .hub_config import CONFIG_FILE, config_for, configured, is_in_hub_cache
+from .identity import sha256_of
+from .locate import locate, step_note
 from .metadata import Metadata, add_checksum, verify_checksum
-from .published import is_published, nearest
+from .prefixes import metadata_for
+from .published import file_named, is_published, nearest, with_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +30,10 @@ class ReadOptions:
     """How to read a file, where the file leaves something open or is to be overruled.
 
     `variant` fails unless the checkpoint is, say, "B/16". `num_blocks` confirms a depth that no published Mixer of these
-    widths has. `image_size` is the input size in pixels, needed when the patch grid is not square. `gelu` and
-    `layer_norm_epsilon` override the file's numerics. `dtype` casts the weights, and is needed for float64.
-    `allow_nonfinite` accepts NaN and infinity in the weights. `key` selects one of several sets of weights in the file.
+    widths has. `image_size` is the input size in pixels, needed when the patch grid is not square. `gelu`,
+    `layer_norm_epsilon` and `preprocessing` override the file's. `dtype` casts the weights, and is needed for float64.
+    `allow_nonfinite` accepts NaN and infinity in the weights. `key` selects one of several sets of weights in the file, and
+    `step` one of several checkpoints in a folder.
     """
 
     variant: str | None = None
@@ -36,9 +41,11 @@ class ReadOptions:
     image_size: int | Size | None = None
     gelu: Gelu | None = None
     layer_norm_epsilon: float | None = None
+    preprocessing: str | None = None
     dtype: str | np.dtype | None = None
     allow_nonfinite: bool = False
     key: str | None = None
+    step: int | None = None
 
 
 def read(source: str | os.PathLike[str], options: ReadOptions = ReadOptions()) -> Checkpoint:
@@ -72,16 +79,48 @@ def _local(source: str | os.PathLike[str]) -> Path:
     return Path(source)
 
 
-def _open(path: Path, options: ReadOptions) -> Checkpoint:
+def _open(source: Path, options: ReadOptions) -> Checkpoint:
+    path = locate(source, options.step)
     if not path.exists():
         known = "" if path.suffix else "; published checkpoints, nearest first:\n  " + "\n  ".join(nearest(str(path)))
         raise CheckpointError(f"no such file or folder{known}")
     content = format_of_file(path).read(path)
     if not content.arrays:
-        raise CheckpointError("no arrays in it")
-    fields, arrays = verify_checksum(content.metadata or {}), _errors_name(content.arrays, path)
+        raise CheckpointError("no arrays in it" + (f", only {', '.join(content.others[:5])}" if content.others else ""))
+    metadata = content.metadata if content.metadata is not None else metadata_for(options.key, content.inner)
+    fields, arrays = verify_checksum(metadata or {}), _errors_name(content.arrays, path)
     checkpoint = Checkpoint.recognised(arrays, key=options.key, fields=fields, source=str(path), others=content.others)
-    return replace(checkpoint, verified=content.verified)
+    checkpoint = replace(checkpoint, verified=content.verified, notes=(*step_note(source, path), *checkpoint.notes))
+    if config := config_for(path, source):
+        names = ("gelu", "layer_norm_epsilon", "image_size", "preprocessing")
+        overridden = {name for name in names if getattr(options, name) is not None}
+        checkpoint = configured(checkpoint, config, overridden)
+    elif is_in_hub_cache(path):
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, f"the hub has no {CONFIG_FILE} beside these weights"))
+    return _identified(checkpoint, path, options)
+
+
+def _identified(checkpoint: Checkpoint, path: Path, options: ReadOptions) -> Checkpoint:
+    """With the preprocessing of the published file that it is, by its hash, if it does not state its own.
+
+    The file is hashed if that can decide something: it has the name of a published file, which is refused with another
+    content, or published files of its sizes differ in their preprocessing.
+    """
+    named = file_named(path.name)
+    decides = options.preprocessing is None and "preprocessing" not in checkpoint.explicit
+    if named is None and not (decides and "preprocessing" in checkpoint.origins and path.is_file()):
+        return checkpoint
+    sha256 = sha256_of(path)
+    if named is not None and not sha256.startswith(named.sha256):
+        raise CheckpointError(
+            f"has the name of a published file whose SHA-256 begins with {named.sha256}, but its own is {sha256}: download it "
+            "again, or give it another name if it is another file"
+        )
+    published = named or with_hash(sha256)
+    if published is None or not decides:
+        return checkpoint
+    identified = checkpoint.with_metadata(preprocessing=published.preprocessing)
+    return replace(identified, origins={**checkpoint.origins, "preprocessing": f"{published.name}, by its SHA-256"})
 
 
 def _checked(checkpoint: Checkpoint, options: ReadOptions) -> Checkpoint:
@@ -101,8 +140,8 @@ def _checked(checkpoint: Checkpoint, options: ReadOptions) -> Checkpoint:
         )
     if options.image_size is not None:
         checkpoint = checkpoint.with_image_size(options.image_size)
-    numerics = {"gelu": options.gelu, "layer_norm_epsilon": options.layer_norm_epsilon}
-    checkpoint = checkpoint.with_metadata(**{name: value for name, value in numerics.items() if value is not None})
+    overriding = {name: getattr(options, name) for name in ("gelu", "layer_norm_epsilon", "preprocessing")}
+    checkpoint = checkpoint.with_metadata(**{name: value for name, value in overriding.items() if value is not None})
     return checkpoint if options.allow_nonfinite else checkpoint.require_finite()
 
 
@@ -117,9 +156,10 @@ def write(
 ) -> None:
     """Write a checkpoint in a layout (None: its own); the ending of `path` decides the format.
 
-    Endings: .npz, .safetensors, .pt, .pth, none for an Orbax folder. The file appears complete or not at all: written under a
-    temporary name, read back, compared bit by bit, renamed. An existing file is replaced only with `force`, the checkpoint's
-    own source never. `progress` is called with the bytes of every array, when it is written and when it is compared.
+    Endings: .npz, .safetensors, .pt, .pth, .msgpack, none for an Orbax folder. The file appears complete or not at all: written
+    under a temporary name, read back, compared bit by bit, renamed. An existing file is replaced only with `force`, the
+    checkpoint's own source never. `progress` is called with the bytes of every array, when it is written and
+    when it is compared.
     """
     path = Path(path)
     format = format_for_writing(path)
@@ -129,7 +169,9 @@ def write(
     checkpoint = checkpoint if dtype is None else checkpoint.astype(dtype)
     size = checkpoint.num_parameters * checkpoint.dtype.itemsize
     omitted = Metadata.default(checkpoint.layout) if format.omits_defaults and checkpoint.layout.numerics_known else None
-    arrays, metadata = _reported(checkpoint.arrays, progress), add_checksum(checkpoint.metadata.as_json(beyond=omitted))
+    below = f"/{checkpoint.layout.below_leaves}" if format.holds_variables and checkpoint.layout.below_leaves else ""
+    arrays = {name + below: array for name, array in _reported(checkpoint.arrays, progress).items()}
+    metadata = add_checksum(checkpoint.metadata.as_json(beyond=omitted))
     np.empty(31 << 20, np.uint8)  # freed at once: from then on glibc keeps blocks up to this size for the next array
     with atomic_write(path, size=size, folder=format.is_folder, force=force) as temporary:
         format.write(temporary, arrays, metadata)

@@ -13,6 +13,7 @@ import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -24,7 +25,7 @@ from convert import download as module
 from convert.download import download
 from convert.layouts import GOOGLE
 from convert.mapping import shapes
-from convert.published import BASE_URL, ON_HUB, PUBLISHED
+from convert.published import AT_TIMM, BASE_URL, KNOWN, ON_HUB, PUBLISHED
 
 NAME, FILE = "imagenet1k/Mixer-B_16", "imagenet1k/Mixer-B_16.npz"
 BODY = np.random.default_rng(0).bytes(700_001)  # several chunks, and no multiple of their size
@@ -440,7 +441,7 @@ def test_what_is_not_a_web_address_is_refused(refused, base):
 @pytest.mark.parametrize("name", ["Mixer-B_16", "imagenet1k/Mixer-B_32", "../../secret", "hf:timm", "hf:a/b/c", ""])
 def test_an_unknown_name_lists_the_known(refused, site, name):
     message = refused(f"^'{name}' is not a published checkpoint; these are:\n", name)
-    assert all(known in message for known in [*PUBLISHED, *ON_HUB, "hf:owner/repository"])
+    assert all(known in message for known in [*PUBLISHED, *AT_TIMM, *ON_HUB, "hf:owner/repository"])
     assert site.requests == []
 
 
@@ -462,10 +463,18 @@ def test_downloads_at_one_time_are_one_download(fetch, site):
 def test_the_table_has_the_listed_files():
     assert len(PUBLISHED) == 11
     assert BASE_URL == "https://storage.googleapis.com/mixer_models/"
-    top1 = {"imagenet1k/Mixer-B_16": 76.44, "imagenet1k/Mixer-L_16": 71.76}
+    top1 = {"imagenet1k/Mixer-B_16": 76.44, "imagenet1k/Mixer-L_16": 71.76, "sam/Mixer-B_16": 77.36, "sam/Mixer-B_32": 72.47}
     assert {name: file.top1 for name, file in PUBLISHED.items() if file.top1} == top1
+    assert all(name.startswith("sam/") == ("that others report" in file.note) for name, file in PUBLISHED.items())
     for name, file in ON_HUB.items():
-        assert ("tag ft_in1k is wrong" in file.note) == name.endswith("ft_in1k") == (file.classes == 1000)
+        assert name.endswith("ft_in1k") == (file.classes == 1000)
+        assert ("tag ft_in1k is wrong" in file.note) == name.endswith("goog_in21k_ft_in1k")
+    for file in AT_TIMM.values():
+        assert re.fullmatch(rf"timm/\w+-{file.sha256}\.pth", file.file)
+        assert len(file.sha256) == 8
+        assert file.address.startswith("https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-")
+        assert (file.preprocessing == "timm_bilinear") == ("miil" in file.name) == (not file.copy_of)
+    assert {file.classes for file in AT_TIMM.values()} == {1000, 21_843, 11_221}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -482,12 +491,63 @@ def test_the_listed_size_is_that_of_the_shapes(name):
     assert size == exact.get(name, size)
 
 
+def test_a_file_with_its_hash_in_its_name_has_that_hash(fetch, refused, site, pauses, tmp_path, monkeypatch):
+    name, sha256 = "timm/mixer_b16_224_miil-9229a591", hashlib.sha256(BODY).hexdigest()
+    site.files[f"{name}.pth"] = BODY
+    refused(f"^{site.url}/{name}.pth: not the published file: its SHA-256 is {sha256}, .* 9229a591", name)
+    assert not list(tmp_path.rglob("*.pth"))
+    monkeypatch.setitem(KNOWN, name, replace(KNOWN[name], sha256=sha256[:8]))
+    assert fetch(f"{name}.pth", force=True) == fetch(name) == tmp_path / "cache" / f"{name}.pth"
+    assert len(site.requests) == 2
+
+
+def test_each_file_is_requested_from_its_owner_unless_a_mirror_is_named(pauses, tmp_path, monkeypatch):
+    addresses = []
+
+    def transfer(url, *_):
+        addresses.append(url)
+        raise RuntimeError("no request leaves this test")
+
+    monkeypatch.delenv("MIXER_JAX_BASE_URL", raising=False)
+    monkeypatch.setattr(module, "_Transfer", transfer)
+    for file in (PUBLISHED | AT_TIMM).values():
+        for base in (None, "http://mirror/a/"):
+            with pytest.raises(RuntimeError):
+                download(file.name, cache=tmp_path, base=base)
+        assert addresses[-2:] == [file.address, f"http://mirror/a/{file.file}"]
+    assert f"{BASE_URL}gsam/Mixer-S_8.npz" in addresses
+
+
+class EntryNotFoundError(Exception):
+    """The hub's client has one of this name."""
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Stands in for huggingface_hub."""
-    hub = Mock()
-    hub.try_to_load_from_cache.return_value = None
-    hub.hf_hub_download.return_value = str(tmp_path / "model.safetensors")
+def repository():
+    """The files of a repository on the hub: their content, or an error. A file that is not here is absent."""
+    return {"model.safetensors": b"weights", "config.json": b"{}"}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, repository):
+    """Stands in for huggingface_hub: a cache below tmp_path, which has the files that were downloaded."""
+    hub, snapshot = Mock(), tmp_path / "hub" / "models--a--b" / "snapshots" / COMMIT
+
+    def from_cache(_, file, cache_dir, revision=None):
+        return str(snapshot / file) if (snapshot / file).exists() and revision in (None, COMMIT) else None
+
+    def from_hub(_, file, revision=None, **options):
+        content = repository.get(file, EntryNotFoundError(f"404: {file}"))
+        if isinstance(content, Exception):
+            raise content
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / file).write_bytes(content)
+        return str(snapshot / file)
+
+    hub.try_to_load_from_cache.side_effect, hub.hf_hub_download.side_effect = from_cache, from_hub
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.delenv("MIXER_JAX_CACHE", raising=False)
     return hub
@@ -495,20 +555,40 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [*ON_HUB, "hf:some-one/mixer.of_mine"])
 def test_the_hub_is_asked_through_its_client_for_what_is_not_cached(hub, tmp_path, name):
-    file, options = tmp_path / "model.safetensors", {"endpoint": None, "force_download": False, "etag_timeout": 30}
-    assert download(name) == file
-    hub.hf_hub_download.assert_called_once_with(name.removeprefix("hf:"), file.name, cache_dir=None, **options)
-    hub.try_to_load_from_cache.return_value = str(file)
-    assert download(name) == file
-    hub.hf_hub_download.assert_called_once()
-    assert download(name, force=True, cache=tmp_path, base="http://mirror") == file
+    """The weights, and the config of the same commit."""
+    options: dict = {"cache_dir": None, "endpoint": None, "force_download": False, "etag_timeout": 30}
+    path = download(name)
+    assert (path.name, path.parent.name) == ("model.safetensors", COMMIT)
+    assert left_in(tmp_path) == ["config.json", "model.safetensors"]
+    first, second = hub.hf_hub_download.call_args_list
+    assert (first.args, first.kwargs) == ((name.removeprefix("hf:"), "model.safetensors"), options)
+    assert (second.args, second.kwargs) == ((first.args[0], "config.json"), options | {"revision": COMMIT})
+    assert download(name) == path
+    assert hub.hf_hub_download.call_count == 2
     options |= {"cache_dir": tmp_path / "hub", "endpoint": "http://mirror", "force_download": True}
-    hub.hf_hub_download.assert_called_with(name.removeprefix("hf:"), file.name, **options)
+    assert download(name, force=True, cache=tmp_path, base="http://mirror") == path
+    assert hub.hf_hub_download.call_args.kwargs == options | {"revision": COMMIT}
 
 
-def test_a_failure_of_the_hub_is_one_message(hub, refused, monkeypatch):
-    hub.hf_hub_download.side_effect = RuntimeError("no such repository")
-    refused(r"^hf:a/b: model.safetensors cannot be downloaded \(no such repository\); check the name", "hf:a/b")
+def test_a_config_is_fetched_for_weights_that_were_cached_without_it(hub, repository, tmp_path):
+    config = repository.pop("config.json")
+    path = download("hf:a/b")
+    assert left_in(tmp_path) == ["model.safetensors"]
+    repository["config.json"] = config
+    assert download("hf:a/b") == path
+    assert path.with_name("config.json").read_bytes() == config
+    hub.try_to_load_from_cache.side_effect = lambda _, file, **options: object() if file == "config.json" else str(path)
+    calls = hub.hf_hub_download.call_count
+    assert download("hf:a/b") == path  # the client remembers that there is none
+    assert hub.hf_hub_download.call_count == calls
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_failure_of_the_hub_is_one_message(hub, refused, repository, monkeypatch, file):
+    repository[file] = RuntimeError("no connection")
+    refused(rf"^hf:a/b: {file} cannot be downloaded \(no connection\); check the name", "hf:a/b")
+    repository.clear()
+    refused(r"^hf:a/b: model.safetensors cannot be downloaded \(404: model.safetensors\)", "hf:a/b", force=True)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'mixer-jax\[hub\]'"):
         download("hf:a/b")

@@ -10,8 +10,7 @@ import numpy as np
 
 from convert import CheckpointError, ReadOptions, read
 from convert.labels import read_labels
-
-from ..preprocess import PREPROCESSINGS
+from convert.preprocessing import PREPROCESSING_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,25 +20,23 @@ class ModelOptions:
     source: str
     reading: ReadOptions
     implementation: str = "flax"
-    preprocessing: str | None = None
     labels: Path | None = None
     batch_size: int | None = None
     threads: int | None = None
     use_exif: bool = True
 
     def load(self) -> Any:
-        """The Flax or PyTorch model, with the preprocessing and labels of these options."""
+        """The Flax or PyTorch model, with the labels of these options."""
         checkpoint = read(self.source, self.reading)
         channels, classes = checkpoint.config.in_channels, checkpoint.config.num_classes
         if checkpoint.dtype == np.float64:
             raise CheckpointError(f"{self.source}: images are float32, so the weights must not be float64: use --dtype float32")
         if channels not in (1, 3):
             raise CheckpointError(f"{self.source}: the model takes {channels} channels, and images have 3 or 1")
-        if self.preprocessing is not None:
-            checkpoint = checkpoint.with_metadata(preprocessing=self.preprocessing)
         if checkpoint.metadata.preprocessing is None:
-            names = ", ".join(PREPROCESSINGS)
-            raise CheckpointError(f"{self.source}: the file names no preprocessing: choose one with --preprocess, of {names}")
+            names = ", ".join(PREPROCESSING_NAMES)
+            why = checkpoint.origins.get("preprocessing", "the file names no preprocessing")
+            raise CheckpointError(f"{self.source}: {why}: choose one with --preprocess, of {names}")
         if self.labels is not None and classes:
             checkpoint = checkpoint.with_metadata(labels=read_labels(self.labels, classes))
         if self.implementation == "torch":

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert import Checkpoint, CheckpointError, ReadOptions, read
 from convert.atomic import atomic_write, check_writable
-from convert.metadata import PREPROCESSING_NAMES
+from convert.preprocessing import PREPROCESSING_NAMES
 
 from ..images import require_images
 from ..parity.comparison import noise
@@ -27,7 +27,6 @@ def parity(
     a: Implementation | str = "flax",
     b: Implementation | str = "torch",
     images: Sequence[str] | None = None,
-    preprocess: str | None = None,
     count: int = 1,
     seed: int = 0,
     draws: int = Simulation.draws,
@@ -40,7 +39,7 @@ def parity(
 ) -> ParityReport:
     """Compare `a` on a file with `b` on `other`, or on the same file; `a` and `b` may be written as "torch:gpu:bfloat16".
 
-    The input is `images`, preprocessed as each file's metadata or `preprocess` names it, or else `count` images of noise.
+    The input is `images`, preprocessed as each file's metadata or `reading` names it, or else `count` images of noise.
     `explain`, `exact` (float64 only) and `predict_devices` add parts to the report; `html` is a page to write.
     """
     if html:
@@ -50,8 +49,8 @@ def parity(
     checkpoint = read(source, reading)
     second = None if other is None else read(other, reading)
     if paths:
-        pixels, images_are = _preprocessed(paths, checkpoint, preprocess)
-        pixels_b, images_b_are = _preprocessed(paths, second, preprocess) if second else (None, images_are)
+        pixels, images_are = _preprocessed(paths, checkpoint)
+        pixels_b, images_b_are = _preprocessed(paths, second) if second else (None, images_are)
         images_are = images_are if images_are == images_b_are else f"{images_are}; for b {images_b_are}"
     else:
         pixels, pixels_b, images_are = noise(checkpoint.config, count, seed), None, f"of seeded noise, seed {seed}"
@@ -87,11 +86,11 @@ def implementation_of(implementation: Implementation | str, *, exact: bool) -> I
     return implementation
 
 
-def _preprocessed(paths: Sequence[str], checkpoint: Checkpoint, preprocess: str | None) -> tuple[np.ndarray, str]:
+def _preprocessed(paths: Sequence[str], checkpoint: Checkpoint) -> tuple[np.ndarray, str]:
     """The images as the checkpoint takes them, and how they were preprocessed."""
     from ..preprocess import ImageError, prepare
 
-    preprocessing, names = preprocess or checkpoint.metadata.preprocessing, ", ".join(PREPROCESSING_NAMES)
+    preprocessing, names = checkpoint.metadata.preprocessing, ", ".join(PREPROCESSING_NAMES)
     if preprocessing is None:
         raise CheckpointError(f"{checkpoint.source}: does not name its preprocessing: use --preprocess, one of {names}")
     images = []

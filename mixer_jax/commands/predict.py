@@ -20,7 +20,7 @@ from convert.atomic import atomic_write, check_writable
 
 from ..images import NONE_LISTED, ImageResult, find_images, forward_of, missing, run_on_images
 from ..labels import Labels, class_names
-from ..preprocess import PREPROCESSINGS, preprocessing_name
+from ..preprocess import preprocessing_name, preprocessing_of
 from .model_options import ModelOptions
 
 Images = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -123,7 +123,7 @@ def run(
         raise CheckpointError(
             f"{options.source}: has no head, so no classes: ask for --features OUT.npy, without --top and --labels"
         )
-    preprocessings = [model.preprocessing, *([against] if against else [])]
+    preprocessings = [preprocessing_name(model, name) for name in ([None, against] if against else [None])]
     report = Report(preprocessings, class_names(classes, model.labels), top or 5, as_json)
     results, shape = _results(model, paths, preprocessings, **options.running()), (len(paths), model.config.hidden_dim)
     with _npy_file(features, shape, force) if features else contextlib.nullcontext() as file:
@@ -174,9 +174,10 @@ class Report:
         first, *others = self.preprocessings
         for other in others:
             print(f"\n{other} instead of {first} changes the best class of {self.changed} of {self.images} images")
-            low, other_low = PREPROCESSINGS[first].low, PREPROCESSINGS[other].low
-            if low != other_low:
-                print(f"the model's input ranges differ as well: {low:g} to 1 against {other_low:g} to 1")
+            limits = [preprocessing_of(name).limits for name in (first, other)]
+            if limits[0] != limits[1]:
+                ranges = " against ".join(f"{low:.3g} to {high:.3g}" for low, high in limits)
+                print(f"the model's input ranges differ as well: {ranges}")
         print("\npercentages are softmax scores, not calibrated probabilities")
         if self.labels is None:
             print("this file has no labels, so classes are numbers: --labels FILE names them, one a line")
