@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert import __version__, read
-from convert.cli import add_reading_options, reading_options, refuse_ignored, require_verb, run_guarded, whole_number
-from convert.metadata import PREPROCESSING_NAMES
+from convert.cli import (
+    add_reading_options,
+    preprocessing,
+    reading_options,
+    refuse_ignored,
+    require_verb,
+    run_guarded,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +46,7 @@ def summary(arguments: argparse.Namespace) -> None:
     if is_file(source):
         refuse_ignored(arguments, ["num_classes"], f"is for a variant, and {source} is a file, which has its own")
     else:
-        reading = ["depth", "variant", "dtype", "key", "allow_nonfinite", "gelu", "layer_norm_epsilon"]
+        reading = ["depth", "variant", "dtype", "key", "allow_nonfinite", "gelu", "layer_norm_epsilon", "preprocess"]
         refuse_ignored(arguments, reading, f"is for a file, and {source} is none; leave it out")
         sizes = {"num_classes": arguments.num_classes, "image_size": arguments.image_size}
         variant = {name: value for name, value in sizes.items() if value is not None}
@@ -71,7 +78,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         refuse_ignored(arguments, ["force"], "replaces OUT.png, and --confusion does not name one")
     from .commands.evaluate import run
 
-    options = {"confusion": arguments.confusion, "as_json": arguments.json, "force": arguments.force}
+    options = {"real": arguments.real, "confusion": arguments.confusion, "as_json": arguments.json, "force": arguments.force}
     run(_model_options(arguments), arguments.folder, **options)
 
 
@@ -89,7 +96,7 @@ def parity(arguments: argparse.Namespace) -> None:
         a, b = (implementation_of(text, exact=arguments.exact) for text in (arguments.a, arguments.b))
     except ValueError as error:
         arguments.usage(str(error))
-    names = ("other", "images", "preprocess", "seed", "draws", "explain", "exact", "predict_devices", "html", "force")
+    names = ("other", "images", "seed", "draws", "explain", "exact", "predict_devices", "html", "force")
     options = {name: getattr(arguments, name) for name in names}
     report = parity(arguments.source, a=a, b=b, count=arguments.count or 1, reading=reading_options(arguments), **options)
     print(json.dumps(as_dict(report)) if arguments.json else as_text(report))
@@ -119,8 +126,7 @@ def _model_options(arguments: argparse.Namespace) -> "ModelOptions":
     from .commands.model_options import ModelOptions
 
     options = {name: getattr(arguments, name) for name in ("source", "implementation", "labels", "batch_size", "threads")}
-    options |= {"preprocessing": arguments.preprocess, "use_exif": arguments.exif}
-    return ModelOptions(reading=reading_options(arguments), **options)
+    return ModelOptions(reading=reading_options(arguments), use_exif=arguments.exif, **options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,7 +176,7 @@ def _add_predict(commands: Subparsers) -> None:
     command.add_argument("--json", action="store_true", help="print one line of JSON for each image")
     rows = "write the head's input, a row an image, NaN for an unreadable one"
     command.add_argument("--features", type=Path, metavar="OUT.npy", help=rows)
-    command.add_argument("--against", choices=PREPROCESSING_NAMES, metavar="NAME", help="compare with this preprocessing")
+    command.add_argument("--against", type=preprocessing, metavar="NAME", help="compare with this preprocessing")
     command.add_argument("--force", action="store_true", help="replace OUT.npy")
 
 
@@ -180,6 +186,8 @@ def _add_evaluate(commands: Subparsers) -> None:
     _add_image_options(command, exif=False)
     command.add_argument("folder", metavar="FOLDER", help="has a folder for each class: named by label or synset, or sorted")
     command.add_argument("--json", action="store_true", help="print all figures as one line of JSON")
+    real = "count ReaL labels as well (Beyer et al. 2020); FOLDER has ImageNet's validation images under their own names"
+    command.add_argument("--real", type=Path, metavar="real.json", help=real)
     command.add_argument("--confusion", type=Path, metavar="OUT.png", help="draw which class is taken for which")
     command.add_argument("--force", action="store_true", help="replace OUT.png")
 
@@ -198,9 +206,6 @@ def _add_parity(commands: Subparsers) -> None:
     command.add_argument("--a", default="flax", metavar="IMPL", help="first implementation (default: flax)")
     command.add_argument("--b", default="torch", metavar="IMPL", help="second implementation (default: torch)")
     command.add_argument("--images", nargs="+", metavar="PATH", help="images or folders of images (default: noise)")
-    command.add_argument(
-        "--preprocess", choices=PREPROCESSING_NAMES, metavar="NAME", help="preprocessing of images (default: the file's)"
-    )
     command.add_argument("--count", type=whole_number(1), metavar="N", help="number of noise images (default: 1)")
     command.add_argument(
         "--seed", type=whole_number(0), default=0, metavar="N", help="seed of noise and simulated rounding (default: 0)"
@@ -236,9 +241,7 @@ def _add_draw(commands: Subparsers) -> None:
 
 
 def _add_image_options(command: argparse.ArgumentParser, *, exif: bool) -> None:
-    preprocessings = f"{', '.join(PREPROCESSING_NAMES)} (default: the file's)"
     command.add_argument("source", metavar="FILE", help="a checkpoint")
-    command.add_argument("--preprocess", choices=PREPROCESSING_NAMES, metavar="NAME", help=preprocessings)
     command.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one a line")
     usual = "images computed at once (default: 8 on a CPU, else 64)"
     command.add_argument("--batch-size", type=whole_number(1), metavar="N", help=usual)

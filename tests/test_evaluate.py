@@ -128,9 +128,11 @@ def test_folders_are_matched_by_label_in_sorted_order_or_by_synset(model, tmp_pa
 
 
 def test_folders_of_very_many_classes_are_matched():
-    synsets, names = labels.imagenet_synsets(), [f"class {i}" for i in range(21_843)]
-    assert (len(set(synsets)), len(labels.imagenet_names()), list(synsets)) == (1000, 1000, sorted(synsets))
-    assert evaluate.match_classes(synsets[::-1], 1000, None, "val") == ({name: i for i, name in enumerate(synsets)}, "synset")
+    names = [f"class {i}" for i in range(21_844)]
+    for num_classes in labels.IMAGENETS:
+        synsets = labels.imagenet_synsets(num_classes)
+        by_synset = {name: i for i, name in enumerate(synsets)}
+        assert evaluate.match_classes(synsets[::-1], num_classes, None, "val") == (by_synset, "synset")
     assert evaluate.match_classes(names, len(names), names, "val")[0] == {name: i for i, name in enumerate(names)}
     assert evaluate.match_classes([f"{i:02}" for i in range(12)], 12, None, "val")[0]["10"] == 10
 
@@ -143,7 +145,14 @@ def test_folders_of_very_many_classes_are_matched():
         (["a", "b", "x"], 3, ["x", "y", "z"], "some folders are named like classes, these are not: a, b: rename or remove"),
         (["x"], 3, ["x", "y", "x"], "several classes are called x: give each its own name"),
         ([*map(str, range(12))], 12, None, r"numbers, whose order as text \(0, 1, 10, ...\) differs from .* \(0, 1, 2, ...\)"),
-        (["n01440764"], 21_843, None, "synsets .n01440764., which name the classes of ImageNet-1k, and the model has 21843"),
+        (
+            ["n01440764"],
+            50,
+            None,
+            r"synsets .n01440764., which name the classes of ImageNet-1k .1000., .* and the model has 50 c",
+        ),
+        (["n04399382"], 21_843, None, "1 synsets are not in ImageNet-21k: n04399382: remove these folders"),
+        (["n00004475"], 11_221, None, "1 synsets are not in ImageNet-21K-P: n00004475"),
         (["n01440764", "n99999999"], 1000, None, "1 synsets are not in ImageNet-1k: n99999999"),
     ],
 )
@@ -231,7 +240,12 @@ def test_published_accuracy_stands_beside_a_file_of_that_size():
     known = lines("my.npz", "B/16", 1000)
     assert "its sizes are those of imagenet1k/Mixer-B_16, top-1 76.44 % on ImageNet's 50,000 validation images" in known
     assert "prepared by resmall_crop" in known
-    assert "they are also those of sam/Mixer-B_16, gsam/Mixer-B_16, whose accuracy is not known" in known
+    assert "they are also those of gsam/Mixer-B_16, whose accuracy is not known" in known
+    assert (
+        "sam/Mixer-B_16, top-1 77.36 % on ImageNet's 50,000 validation images, prepared by resmall_crop (Google does" in known
+    )
+    assert "timm/mixer_b16_224_miil-9229a591, top-1 82.314 %" in known
+    assert known.count("prepared by timm_bilinear") == 1
     named = lines("imagenet1k/Mixer-L_16", "L/16", 1000)
     assert named.startswith("published: this file is imagenet1k/Mixer-L_16, top-1 71.76 %")
     assert "also" not in named

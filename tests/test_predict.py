@@ -347,9 +347,12 @@ def test_labels_come_from_a_file_the_checkpoint_or_imagenet(model, folder, tmp_p
     imagenet = colours.checkpoint(tmp_path / "1k.npz", labels=None, classes=1000, at=[1, 388, 2, 3, 4, 5])
     labels = best_classes(capfd, imagenet, folder / "red.png", folder / "green.png")
     assert labels == {"red": "goldfish", "green": "giant panda"}
-    large = colours.checkpoint(tmp_path / "21k.npz", labels=None, classes=21_843, at=[21_842, 1, 2, 3, 4, 5])
-    out = command(capfd, large, folder / "red.png").out
-    assert out.splitlines()[1].split() == ["49.5", "%", "logit", "1.732", "21842"]
+    for classes, name in ((21_843, "safe house"), (11_221, "loofah, vegetable sponge, Luffa cylindrica")):
+        large = colours.checkpoint(tmp_path / f"{classes}.npz", labels=None, classes=classes, at=[10_000, 1, 2, 3, 4, 5])
+        assert best_classes(capfd, large, folder / "red.png") == {"red": name}
+    other = colours.checkpoint(tmp_path / "other.npz", labels=None, classes=21_841, at=[21_840, 1, 2, 3, 4, 5])
+    out = command(capfd, other, folder / "red.png").out
+    assert out.splitlines()[1].split() == ["49.5", "%", "logit", "1.732", "21840"]
     assert "this file has no labels, so classes are numbers: --labels FILE names them, one a line" in out
 
 

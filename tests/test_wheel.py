@@ -33,6 +33,7 @@ def test_both_packages_and_their_types_are_in_the_wheel(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for name in ("convert/py.typed", "mixer_jax/py.typed", "convert/formats/npz.py", "mixer_jax/model.py"):
         assert name in names
+    assert {f"mixer_jax/data/{name}" for name in ("README.md", "imagenet1k.tsv", "imagenet21k.tsv")} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

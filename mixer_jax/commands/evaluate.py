@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from convert import CheckpointError, MixerConfig
 from convert.identity import same_sizes
-from convert.published import ON_HUB, PUBLISHED
+from convert.published import KNOWN, published_file
 
 from ..images import forward_of, images_in, run_on_images
-from ..labels import IMAGENET_CLASSES, Labels, class_names, imagenet_synsets
+from ..labels import IMAGENETS, Labels, class_names, imagenet_synsets
 from ..preprocess import preprocessing_name
 from .draw import check_path, require_matplotlib, save
 from .model_options import ModelOptions
+from .real_labels import RealLabels, real_labels, require_imagenet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,6 +73,7 @@ class Evaluation:
     """`true` has the class of each image and `best` its five best classes, (images, 5); `names` are those of all classes.
 
     `matched_by` is how folders were matched to classes; `unreadable` has the error of each image that counts neither way.
+    `real_labels` has the right classes of each image by ReaL, none where ReaL has none or was not asked for.
     """
 
     names: Labels
@@ -80,6 +82,7 @@ class Evaluation:
     true: np.ndarray = field(repr=False)
     best: np.ndarray = field(repr=False)
     unreadable: Mapping[str, str]
+    real_labels: RealLabels = field(default=(), repr=False)
 
     @property
     def top1(self) -> Accuracy:
@@ -90,6 +93,12 @@ class Evaluation:
         """None for five classes or fewer."""
         correct = (self.best == self.true[:, None]).any(axis=1).sum()
         return Accuracy.of(int(correct), len(self.true)) if len(self.names) > 5 else None
+
+    @property
+    def real(self) -> Accuracy | None:
+        """How often the best class is one of the image's ReaL labels, over images that have any; None if none has."""
+        right = [best in classes for best, classes in zip(self.best[:, 0].tolist(), self.real_labels) if classes]
+        return Accuracy.of(sum(right), len(right)) if right else None
 
     @property
     def confusion(self) -> Counter[tuple[int, int]]:
@@ -128,6 +137,7 @@ class Evaluation:
             "unreadable": len(self.unreadable),
             "top1": asdict(self.top1),
             "top5": asdict(self.top5) if self.top5 else None,
+            "real": asdict(self.real) if self.real else None,
             "by_class": [asdict(row) for row in self.by_class],
             "confusion": [[*pair, images] for pair, images in sorted(self.confusion.items())],
         }
@@ -139,16 +149,18 @@ def evaluate(
     *,
     preprocessing: str | None = None,
     labels: Labels | None = None,
+    real: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
     threads: int | None = None,
     use_exif: bool = False,
 ) -> Evaluation:
     """The accuracy of a Flax or PyTorch model on a folder with a folder for each class.
 
-    The class folders are named by label, or by ImageNet's synsets, or there is one for each class in sorted order. The
-    other arguments are those of `mixer_jax.predict`; published evaluations ignore EXIF.
+    The class folders are named by label, or by ImageNet's synsets, or there is one for each class in sorted order. `real` is
+    the file `real.json` of Beyer et al. 2020, for accuracy by ReaL labels as well: these need ImageNet's own validation images,
+    found by the number in their names. The other arguments are those of `mixer_jax.predict`; published evaluations ignore EXIF.
 
-    Raises CheckpointError if it is not clear which class a folder is, and if no image can be used.
+    Raises CheckpointError if it is not clear which class a folder is, if no image can be used, and if ReaL labels do not fit.
     """
     preprocessing, config = preprocessing_name(model, preprocessing), model.config
     forward, usual_batch_size = forward_of(model)
@@ -161,20 +173,26 @@ def evaluate(
     for name, i in index.items():
         names[i] = labels[i] if labels else name
     images = [(path, index[name]) for name, paths in folders.items() for path in paths]
+    by_real: RealLabels = [()] * len(images)
+    if real is not None:
+        require_imagenet(index, config.num_classes, str(folder))
+        by_real = real_labels(real, [path for path, _ in images])
     settings: Any = {"batch_size": batch_size or usual_batch_size, "threads": threads, "use_exif": use_exif}
     results = run_on_images(forward, config, [path for path, _ in images], [preprocessing], **settings)
-    true, best, unreadable = [], [], {}
+    true, best, right, unreadable = [], [], [], {}
     with contextlib.closing(results):
-        for result, (path, i) in tqdm(zip(results, images), total=len(images), desc="images", unit="image", disable=None):
+        each = zip(results, images, by_real)
+        for result, (path, i), classes in tqdm(each, total=len(images), desc="images", unit="image", disable=None):
             if result.error is not None:
                 unreadable[path] = result.error
             else:
                 true.append(i)
+                right.append(classes)
                 best.append(np.argsort(-result.logits[0].astype(np.float64), kind="stable")[:5])
     if not true:
         path, error = next(iter(unreadable.items()))
         raise CheckpointError(f"{folder}: none of its {len(images)} images could be used, such as {path}: {error}")
-    return Evaluation(names, preprocessing, matched_by, np.array(true), np.array(best), unreadable)
+    return Evaluation(names, preprocessing, matched_by, np.array(true), np.array(best), unreadable, right)
 
 
 def class_folders(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
@@ -210,12 +228,14 @@ def match_classes(folders: Sequence[str], num_classes: int, labels: Labels | Non
         fault = f"some folders are named like classes, these are not: {_some(unlabelled)}: rename or remove them"
         raise unclear(f"{fault}, or {remedy}")
     if all(SYNSET.fullmatch(name) for name in folders):
-        by_synset = {name: i for i, name in enumerate(imagenet_synsets())}
-        if num_classes != IMAGENET_CLASSES:
-            fault = f"the folders are synsets ({_some(folders)}), which name the classes of ImageNet-1k, and the model has"
+        if num_classes not in IMAGENETS:
+            known = ", ".join(f"{name} ({count})" for count, name in IMAGENETS.items())
+            fault = f"the folders are synsets ({_some(folders)}), which name the classes of {known}, and the model has"
             raise unclear(f"{fault} {num_classes} classes: give --labels FILE, one synset a line in the order of the classes")
+        by_synset = {name: i for i, name in enumerate(imagenet_synsets(num_classes))}
         if unknown := [name for name in folders if name not in by_synset]:
-            raise unclear(f"{len(unknown)} synsets are not in ImageNet-1k: {_some(unknown)}")
+            fault = f"{len(unknown)} synsets are not in {IMAGENETS[num_classes]}: {_some(unknown)}"
+            raise unclear(f"{fault}: remove these folders")
         return {name: by_synset[name] for name in folders}, "synset"
     if len(folders) != num_classes:
         fault = f"{len(folders)} class folders ({_some(folders)}) for {num_classes} classes"
@@ -231,15 +251,23 @@ def _some(names: Sequence[str]) -> str:
 
 
 def run(
-    options: ModelOptions, folder: str, *, confusion: Path | None = None, as_json: bool = False, force: bool = False
+    options: ModelOptions,
+    folder: str,
+    *,
+    real: Path | None = None,
+    confusion: Path | None = None,
+    as_json: bool = False,
+    force: bool = False,
 ) -> None:
     """The command `evaluate`: print accuracies, and draw the confusion of classes."""
     if confusion:
         require_matplotlib()
         check_path(confusion, force=force)
-    class_folders(folder)  # its faults before the model's
+    folders = class_folders(folder)  # its faults before the model's
+    if real:
+        real_labels(real, [path for paths in folders.values() for path in paths])
     model = options.load()
-    evaluation = evaluate(model, folder, **options.running())
+    evaluation = evaluate(model, folder, real=real, **options.running())
     for path, error in evaluation.unreadable.items():
         print(f"{path}: {error}", file=sys.stderr)
     published = published_accuracy(options.source, model.config, evaluation.matched_by)
@@ -256,14 +284,13 @@ def run(
 
 def published_accuracy(source: str, config: MixerConfig, matched_by: str) -> list[str]:
     """What is published of this file or of released files of its sizes, in lines for a person."""
-    known = PUBLISHED | ON_HUB
-    released = source.removesuffix(".npz") in known
-    names = [source.removesuffix(".npz")] if released else same_sizes(config)
+    released = published_file(source)
+    files = [released] if released else [KNOWN[name] for name in same_sizes(config)]
     how = "this file is" if released else "its sizes are those of"
-    lines, others = [], [name for name in names if known[name].top1 is None]
-    for name in (name for name in names if name not in others):
-        by = ", prepared by resmall_crop" if name in PUBLISHED else ""
-        lines.append(f"published: {how} {name}, top-1 {known[name].top1} % on ImageNet's 50,000 validation images{by}")
+    lines, others = [], [file.name for file in files if file.top1 is None]
+    for file in (file for file in files if file.top1 is not None):
+        accuracy = f"top-1 {file.top1} % on ImageNet's 50,000 validation images, prepared by {file.preprocessing}"
+        lines.append(f"published: {how} {file.name}, {accuracy}" + (f" ({file.note})" if file.note else ""))
     if lines and others:
         lines.append(f"  they are also those of {', '.join(others)}, whose accuracy is not known")
     if lines and matched_by != "synset":
@@ -280,9 +307,11 @@ def _text(evaluation: Evaluation) -> list[str]:
         taken_for = f"  {row.taken_for} ({row.taken_for_images})" if row.taken_for else ""
         lines.append(f"{row.name[: width - 1]:<{width}}{row.images:>8}{columns}{taken_for}")
     lines.append("")
-    for name, top in figures.items():
+    for name, top in (figures | ({"ReaL": evaluation.real} if evaluation.real else {})).items():
         interval = f"95 % interval {100 * top.low:.2f} to {100 * top.high:.2f} %"
-        lines.append(f"{name}  {100 * top.accuracy:.2f} %  ({interval}; {top.correct} of {top.images} images)")
+        left_out = f"; {evaluation.top1.images - top.images} without a ReaL label left out" if name == "ReaL" else ""
+        count = f"{top.correct} of {top.images} images{left_out}"
+        lines.append(f"{name:<5}  {100 * top.accuracy:.2f} %  ({interval}; {count})")
     return [*lines, f"preprocessing {evaluation.preprocessing}; folders matched to classes by {evaluation.matched_by}"]
 
 
