@@ -159,7 +159,7 @@ USAGE = {  # unknown verbs, options that the command would ignore, and values th
     "mixer_jax predict FILE x --force": "--force: replaces OUT.npy, and --features does not name one",
     "mixer_jax predict FILE x --against squash --features f.npy": "--features are those of one preprocessing: leave out",
     "mixer_jax predict FILE x --against squash --top 3": "--top: --against shows the best class of each preprocessing; --json",
-    "mixer_jax predict FILE x --preprocess crop": "argument --preprocess: invalid choice: 'crop'",
+    "mixer_jax predict FILE x --preprocess crop": "argument --preprocess: no preprocessing 'crop': one of",
     "mixer_jax predict FILE x --top 0": "argument --top: '0' is",
     "mixer_jax predict FILE x --batch-size many": "argument --batch-size: 'many' is",
     "mixer_jax draw FILE x.png --blocks 1,x": "argument --blocks: '1,x' is not a list of blocks such as 0,1-3",
@@ -261,7 +261,7 @@ def test_keys_of_random_numbers_in_an_orbax_tree_are_noted(tmp_path, capsys):
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(tmp_path / "keys", args=ocp.args.Composite(params=ocp.args.StandardSave(tree)))
     keys, square = (json.loads(output(capsys, "inspect", file, "--json")) for file in (tmp_path / "keys", SQUARE))
-    assert keys["notes"] == ["1 entries are not arrays: rng"]
+    assert keys["also in the file"] == ["rng"]
     assert keys["fingerprint"] == square["fingerprint"]
     assert main("npz2timm", tmp_path / "keys", tmp_path / "w.npz") == 0
 

@@ -20,7 +20,7 @@ from PIL import Image
 import convert
 import mixer_jax
 from convert import MixerConfig, layouts
-from convert.published import PUBLISHED
+from convert.published import KNOWN, PUBLISHED
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]}
@@ -186,3 +186,5 @@ def test_what_the_pages_mention_is_there():
     for name in PUBLISHED:
         folder, _, model = name.partition("/Mixer-")
         assert re.search(rf"`{folder}/Mixer-[^`]*{model.split('_')[1]}", PAGES["README.md"]), name
+    for name in re.findall(r"`((?:timm/|hf:timm/)[^`*]+)`", " ".join(PAGES.values())):
+        assert name in KNOWN
