@@ -1,6 +1,15 @@
 """Photographs as batches for a model: find the files, decode them in threads while the model computes."""
 
-__all__ = ["Forward", "ImageResult", "decode_ahead", "find_images", "images_in", "require_images", "run_on_images"]
+__all__ = [
+    "Forward",
+    "ImageResult",
+    "class_folders",
+    "decode_ahead",
+    "find_images",
+    "images_in",
+    "require_images",
+    "run_on_images",
+]
 
 import contextlib
 import io
@@ -202,3 +211,16 @@ def images_in(folder: str | os.PathLike[str]) -> list[str]:
             paths += [os.path.join(root, name) for name in sorted(files) if not name.startswith(".")]
         visited.add(real)
     return [path for path in paths if os.path.splitext(path)[1].lower() in endings] + unlisted
+
+
+def class_folders(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """The images in each class folder of a folder, sorted. Raises CheckpointError if there are none."""
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder}: no such folder")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise CheckpointError(f"{folder}: has no folders in it, and needs one for each class")
+    folders = {name: images_in(os.path.join(folder, name)) for name in names}
+    if not any(folders.values()):
+        raise CheckpointError(f"{folder}: no images in its {len(names)} folders")
+    return folders

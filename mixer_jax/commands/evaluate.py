@@ -21,7 +21,7 @@ from convert import CheckpointError, MixerConfig
 from convert.identity import same_sizes
 from convert.published import KNOWN, published_file
 
-from ..images import forward_of, images_in, run_on_images
+from ..images import class_folders, forward_of, run_on_images
 from ..labels import IMAGENETS, Labels, class_names, imagenet_synsets
 from ..preprocess import preprocessing_name
 from .draw import check_path, require_matplotlib, save
@@ -193,19 +193,6 @@ def evaluate(
         path, error = next(iter(unreadable.items()))
         raise CheckpointError(f"{folder}: none of its {len(images)} images could be used, such as {path}: {error}")
     return Evaluation(names, preprocessing, matched_by, np.array(true), np.array(best), unreadable, right)
-
-
-def class_folders(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """The images in each class folder of a folder, sorted. Raises CheckpointError if there are none."""
-    if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: no such folder")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise CheckpointError(f"{folder}: has no folders in it, and needs one for each class")
-    folders = {name: images_in(Path(folder) / name) for name in names}
-    if not any(folders.values()):
-        raise CheckpointError(f"{folder}: no images in its {len(names)} folders")
-    return folders
 
 
 def match_classes(folders: Sequence[str], num_classes: int, labels: Labels | None, where: str) -> tuple[dict[str, int], str]:

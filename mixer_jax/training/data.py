@@ -1,0 +1,299 @@
+"""Labelled images as batches to train and evaluate on.
+
+A training batch is a function of the seed and its number alone: not of the number of threads, nor of where a run began.
+"""
+
+__all__ = ["Batch", "Dataset", "EvaluationBatches", "Splits", "TrainingBatches", "open_dataset"]
+
+import contextlib
+import hashlib
+import itertools
+import os
+import zlib
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from convert import CheckpointError
+from convert.config import Size
+
+from ..images import cores, decode_ahead
+from ..preprocess import ImageError, load_image, preprocessing_of
+from .augment import OFFICIAL, Augmentation, mixed
+from .sources import Part, held_out, read_parts, some
+
+REDRAWS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images of classes. `labels` (n,) are int32 indices into `classes`; `names` say which image is meant.
+
+    The images are uint8 `pixels` (n, h, w, c), or else the files of these names below the folder `root`.
+    """
+
+    classes: tuple[str, ...]
+    names: Sequence[str]
+    labels: np.ndarray
+    channels: int
+    root: str = ""
+    pixels: np.ndarray | None = None
+    use_exif: bool = False
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, index: int) -> np.ndarray:
+        """An image, uint8 (h, w, channels), decoded now. Raises ImageError, which does not name it."""
+        source = os.path.join(self.root, self.names[index]) if self.pixels is None else self.pixels[index]
+        return load_image(source, channels=self.channels, use_exif=self.use_exif)
+
+    def subset(self, indices: np.ndarray) -> "Dataset":
+        """The images with these indices, in their order."""
+        pixels = None if self.pixels is None else self.pixels[indices]
+        return replace(self, names=[self.names[i] for i in indices], labels=self.labels[indices], pixels=pixels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the classes, and with an image's name, label, size in bytes, or pixels where these are in memory."""
+        digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
+        for i, (name, label) in enumerate(zip(self.names, self.labels.tolist())):
+            content = _bytes(os.path.join(self.root, name)) if self.pixels is None else zlib.crc32(self.pixels[i])
+            digest.update(os.fsencode(f"\0{name}\0{label}\0{content}"))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The images to train on, to choose by, and for the end; `test` is None where the source sets none apart."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each part, which tells whether it is still what it was."""
+        return {name: part.fingerprint for name, part in vars(self).items() if part is not None}
+
+
+def open_dataset(
+    source: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] | None = None,
+    channels: int | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+    use_exif: bool = False,
+) -> Splits:
+    """A folder of class folders, or of train/, val/ and test/ with class folders each; a .csv or .tsv of path and label; a
+    folder with CIFAR's binary files or MNIST's idx files, gzipped or not; or "digits", scikit-learn's.
+
+    A table's header, if any, names the columns path and label; paths are relative to the table. CIFAR's Python version is made
+    of pickles and refused. `classes` are those of a model's head, in its order; by default those of the source, sorted.
+    `channels` are 1 or 3, by default the source's own, 3 for files. Without a validation part a fraction `validation` of each
+    class is split off the training part by `seed`, whatever the order of the files.
+    Raises CheckpointError for a source whose classes or files are not clear. Image files are not opened here.
+    """
+    if not 0 < validation < 1:
+        raise ValueError(f"validation must be above 0 and below 1, not {validation!r}")
+    parts, known = read_parts(source)
+    names, parts = _with_classes(source, parts, classes or known)
+    datasets = {}
+    for name, part in parts.items():
+        own = 3 if part.pixels is None else part.pixels.shape[3]
+        labels = np.asarray(part.labels, np.int32)
+        dataset = Dataset(names, part.names, labels, channels or own, part.root, part.pixels, use_exif)
+        if part.pixels is None:
+            dataset = dataset.subset(np.array(sorted(range(len(labels)), key=part.names.__getitem__)))
+        datasets[name] = dataset
+    train = datasets["train"]
+    if "validation" in datasets:
+        return Splits(train, datasets["validation"], datasets.get("test"))
+    chosen = held_out(train.names, train.labels, validation, seed)
+    if not chosen.any():
+        raise CheckpointError(f"{source}: one image a class leaves none for validation: add images")
+    return Splits(train.subset(np.flatnonzero(~chosen)), train.subset(np.flatnonzero(chosen)), datasets.get("test"))
+
+
+def _with_classes(
+    source: str | os.PathLike[str], parts: dict[str, Part], classes: Sequence[str] | None
+) -> tuple[tuple[str, ...], dict[str, Part]]:
+    """The names of the classes, and the parts with labels that number them."""
+
+    def unclear(fault: str) -> CheckpointError:
+        return CheckpointError(f"{source}: {fault}")
+
+    if isinstance(parts["train"].labels, np.ndarray):
+        largest = max(int(np.max(part.labels)) for part in parts.values())
+        names = tuple(classes or map(str, range(largest + 1)))
+        if largest >= len(names):
+            raise unclear(f"label {largest} is beyond the {len(names)} classes of the head")
+    else:
+        found = set(parts["train"].labels)
+        numbers = all(name.isdecimal() for name in found)
+        names = tuple(classes or sorted(found, key=lambda name: (int(name) if numbers else 0, name)))
+        lower = Counter(name.casefold() for name in found)
+        if twice := sorted(name for name in found if lower[name.casefold()] > 1):
+            raise unclear(f"class names that differ in case alone: {some(twice)}: rename or merge them")
+        if repeated := sorted(name for name, count in Counter(names).items() if count > 1 and name in found):
+            raise unclear(f"several classes of the head are called {some(repeated)}: give each its own name")
+        index = {name: i for i, name in enumerate(names)}
+        for which, part in parts.items():
+            if unknown := sorted(set(part.labels) - index.keys()):
+                where = "the classes of the head" if classes else "the classes to train on"
+                raise unclear(f"{len(unknown)} classes of the {which} images are not among {where}: {some(unknown)}")
+        parts = {which: replace(part, labels=np.array([index[name] for name in part.labels])) for which, part in parts.items()}
+    if len(np.unique(parts["train"].labels)) < 2:
+        raise unclear("has images of one class, and needs two or more")
+    return names, parts
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """`images` (b, h, w, c) are float32 as the model takes them. `labels` are int32 (b,), or after mixup float32 (b, classes).
+
+    `weights` (b,) are float32: 1, or 0 where there is no image. `indices` (b,) say which images of the dataset they are; -1
+    where there is none.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    indices: np.ndarray
+
+
+@dataclass(eq=False, kw_only=True)
+class TrainingBatches:
+    """Endless batches of a dataset, each epoch in another order, each image varied: batch k is `batches[k]`.
+
+    Pixels are scaled as `preprocessing` does. An image that cannot be read is listed by name in `unreadable` with the reason,
+    and another one drawn in its place, the same one each time; with `on_unreadable="raise"` it is an ImageError.
+    """
+
+    dataset: Dataset
+    batch_size: int
+    image_size: Size
+    seed: int = 0
+    augmentation: Augmentation = OFFICIAL
+    preprocessing: str = "squash"
+    on_unreadable: Literal["skip", "raise"] = "skip"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            import grain
+        except ModuleNotFoundError:
+            raise ImportError("training needs grain: pip install 'mixer-jax[train]'") from None
+        if self.batch_size < 1 or not 0 <= self.seed < 2**32:
+            raise ValueError("batch_size must be at least 1 and seed from 0 to 2**32 - 1")
+        self.unreadable: dict[str, str] = {}
+        order = grain.MapDataset.range(len(self.dataset)).seed(self.seed).shuffle().repeat(None)
+        self._images = order.random_map(self._drawn)
+
+    def __getitem__(self, step: int) -> Batch:
+        first = step * self.batch_size
+        return self._batch(step, (self._images[i] for i in range(first, first + self.batch_size)))
+
+    def starting_at(self, step: int) -> Generator[Batch]:
+        """Batch `step` and those after it. While one is used, the images of the next are decoded in threads."""
+        import grain
+
+        threads = self.threads or cores()
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self.batch_size + threads)
+        images = iter(self._images.to_iter_dataset(options))
+        images.set_state({"next_index": step * self.batch_size})
+
+        def batch(step: int) -> Batch:
+            return self._batch(step, itertools.islice(images, self.batch_size))
+
+        batches = decode_ahead(batch, itertools.count(step), threads=1, count=1)
+        with contextlib.closing(images), contextlib.closing(batches):
+            yield from batches
+
+    def _drawn(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """The image of an index, or of another one if it cannot be read, varied; and which it is."""
+        for _ in range(REDRAWS):
+            try:
+                image = self.dataset.image(index)
+            except ImageError as error:
+                name = self.dataset.names[index]
+                if self.on_unreadable == "raise":
+                    raise ImageError(f"{name}: {error}") from None
+                self.unreadable[name] = str(error)
+                index = int(rng.integers(len(self.dataset)))
+            else:
+                return self.augmentation.varied(image, self.image_size, rng), index
+        listed = some([f"{name}: {error}" for name, error in sorted(self.unreadable.items())], "; ")
+        raise ImageError(f"{REDRAWS} images in a row cannot be read: {listed}")
+
+    def _batch(self, step: int, drawn: Iterator[tuple[np.ndarray, int]]) -> Batch:
+        batch, scale = (
+            _zeros(self.dataset, self.batch_size, self.image_size),
+            preprocessing_of(self.preprocessing, self.dataset.channels),
+        )
+        for i, (pixels, index) in enumerate(drawn):
+            batch.images[i], batch.indices[i] = scale.scaled(pixels), index
+        batch.labels[:], batch.weights[:] = self.dataset.labels[batch.indices], 1
+        if not (alpha := self.augmentation.mixup):
+            return batch
+        one_hot = np.zeros((self.batch_size, len(self.dataset.classes)), np.float32)
+        one_hot[np.arange(self.batch_size), batch.labels] = 1
+        rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, step], np.uint64)))
+        images, labels = mixed(batch.images, one_hot, alpha, rng)
+        return replace(batch, images=images, labels=labels)
+
+
+@dataclass(eq=False, kw_only=True)
+class EvaluationBatches:
+    """Batches with every image of a dataset once, in its order, as `preprocessing` makes it; the last one is padded.
+
+    An image that cannot be read has the weight 0, and is listed by name in `unreadable` with the reason.
+    """
+
+    dataset: Dataset
+    batch_size: int
+    image_size: Size
+    preprocessing: str = "squash"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        self.unreadable: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Generator[Batch]:
+        threads, scale = self.threads or cores(), preprocessing_of(self.preprocessing, self.dataset.channels)
+        images = decode_ahead(self._pixels, range(len(self.dataset)), threads=threads, count=self.batch_size + threads)
+        with contextlib.closing(images):
+            for first in range(0, len(self.dataset), self.batch_size):
+                batch = _zeros(self.dataset, self.batch_size, self.image_size)
+                for i, pixels in enumerate(itertools.islice(images, self.batch_size)):
+                    batch.indices[i], batch.labels[i] = first + i, self.dataset.labels[first + i]
+                    if pixels is not None:
+                        batch.images[i], batch.weights[i] = scale.scaled(pixels), 1
+                yield batch
+
+    def _pixels(self, index: int) -> np.ndarray | None:
+        try:
+            return preprocessing_of(self.preprocessing).pixels(self.dataset.image(index), self.image_size)
+        except ImageError as error:
+            self.unreadable[self.dataset.names[index]] = str(error)
+            return None
+
+
+def _zeros(dataset: Dataset, size: int, image_size: Size) -> Batch:
+    images = np.zeros((size, *image_size, dataset.channels), np.float32)
+    return Batch(images, np.zeros(size, np.int32), np.zeros(size, np.float32), np.full(size, -1))
+
+
+def _bytes(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return -1
