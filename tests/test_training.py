@@ -24,7 +24,10 @@ def ten_flax_steps(unoptimised):
 
 
 def test_the_recipe_is_the_official_one():
-    assert dataclasses.astuple(Recipe()) == (0.03, 500, 10_000, 0.9, 1.0, None)
+    official = {"base_rate": 0.03, "warmup_steps": 500, "total_steps": 10_000, "momentum": 0.9, "clip_norm": 1.0}
+    official |= {"optimizer": "sgd", "weight_decay": 0.0, "layer_decay": 1.0, "train": "*", "loss": "softmax"}
+    off = {"momentum_dtype": None, "b2": 0.999, "label_smoothing": 0.0, "accumulation": 1, "ema_decay": None}
+    assert dataclasses.asdict(Recipe()) == official | off
     rates = {0: 0, 1: 6e-5, 250: 0.015, 499: 0.02994, 500: 0.03, 5250: 0.015, 10_000: 0, 12_000: 0}
     for step, rate in rates.items():
         assert Recipe().rate(step) == pytest.approx(rate, rel=1e-12, abs=1e-18), step
@@ -54,6 +57,15 @@ WRONG = {
     "momentum": (1, "at least 0 and below 1"),
     "clip_norm": (0, "positive"),
     "momentum_dtype": ("int8", "None or one of float16, bfloat16, float32, float64"),
+    "optimizer": ("adam", "sgd or adamw"),
+    "b2": (1.0, "at least 0 and below 1"),
+    "weight_decay": (0.1, "at least 0, and 0 for sgd"),
+    "layer_decay": (0, "above 0 and at most 1"),
+    "train": ("head,", "patterns of names, with commas"),
+    "loss": ("mse", "softmax or sigmoid"),
+    "label_smoothing": (1, "at least 0 and below 1"),
+    "accumulation": (0, "a whole number of at least 1"),
+    "ema_decay": (1.0, "None, or at least 0 and below 1"),
 }
 
 
