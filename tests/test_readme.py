@@ -113,6 +113,23 @@ def test_a_command_that_fails_is_noticed(folder):
     assert subprocess.run(command, capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*the head for 1000 classes is now zeros for 2")
+def test_the_page_on_fine_tuning_runs(folder, capsys):
+    pytest.importorskip("grain")  # the extra `train`
+    for i, name in enumerate(["cat.jpg", "dog.jpg"] * 4):
+        path = folder / "pets" / name[:3] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((folder / name).read_bytes())
+    (block,) = blocks("fine-tuning.md", "python")
+    few = block.replace("warmup_steps=50, total_steps=500", "warmup_steps=1, total_steps=3")
+    assert few != block
+    scope: dict = {}
+    exec(compile(few, "fine-tuning.md", "exec"), scope)
+    assert "% of 2 validation images" in capsys.readouterr().out
+    assert int(scope["state"].step) == 3
+    assert mixer_jax.load("pets.npz").labels == ("cat", "dog")
+
+
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:.*the head for 1000 classes is now zeros for 2")
 def test_the_python_runs(folder, released, capsys):
