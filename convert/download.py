@@ -245,7 +245,7 @@ def _from_hub(repository: str, cache: Path | None, endpoint: str | None, force: 
                 options = {"cache_dir": cache, "endpoint": endpoint, "force_download": force, "etag_timeout": timeout}
                 path = hub.hf_hub_download(repository, file, **options, **revision)
         except Exception as error:  # the hub's own, and those of the libraries below it
-            if type(error).__name__ in ABSENT and file == CONFIG_FILE:
+            if file == CONFIG_FILE and type(error).__name__ in (*ABSENT, "LocalEntryNotFoundError"):  # the last: offline
                 return None
             raise CheckpointError(
                 f"{HUB}{repository}: {file} cannot be downloaded ({error}); check the name and the connection"

@@ -236,7 +236,8 @@ def _is_table(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # halves of characters, which JSON can have
+    """Without control characters, which a terminal would obey, and halves of characters, which JSON can have."""
+    return isinstance(value, str) and not re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", value)
 
 
 def _is_count(value: Any) -> bool:

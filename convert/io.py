@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .config import Gelu, Size, usual_depth
 from .errors import CheckpointError
 from .formats import Format, format_for_writing, format_of_file
-from .hub_config import CONFIG_FILE, config_for, configured, is_in_hub_cache
+from .hub_config import CONFIG_FILE, OPTION, config_for, configured, is_in_hub_cache
 from .identity import sha256_of
 from .locate import locate, step_note
 from .metadata import Metadata, add_checksum, verify_checksum
@@ -94,9 +94,17 @@ def _open(source: Path, options: ReadOptions) -> Checkpoint:
     if config := config_for(path, source):
         names = ("gelu", "layer_norm_epsilon", "image_size", "preprocessing")
         overridden = {name for name in names if getattr(options, name) is not None}
-        checkpoint = configured(checkpoint, config, overridden)
+        try:
+            checkpoint = configured(checkpoint, config, overridden)
+        except CheckpointError as error:
+            remedy = "" if str(error).endswith(OPTION) else f"; if {CONFIG_FILE} is not about these weights, move it away"
+            raise CheckpointError(f"{error}{remedy}") from None
     elif is_in_hub_cache(path):
-        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, f"the hub has no {CONFIG_FILE} beside these weights"))
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, f"no {CONFIG_FILE} lies beside these weights of the hub"))
+        if "preprocessing" not in checkpoint.explicit:
+            unstated = replace(checkpoint.metadata, preprocessing=None)
+            origins = {"preprocessing": f"no {CONFIG_FILE} lies beside these weights of the hub to state it"}
+            checkpoint = replace(checkpoint, metadata=unstated, origins={**checkpoint.origins, **origins})
     return _identified(checkpoint, path, options)
 
 

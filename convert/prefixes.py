@@ -15,7 +15,9 @@ from .tensors import from_torch, is_tensor
 
 # Optimisers keep trees with the names of the weights, under names such as these (optax, Flax, PyTorch).
 OPTIMISER = {"opt", "opt_state", "optimizer", "optimizer_state", "trace", "mu", "nu", "nu_max", "acc_grads", "sum_of_squares"}
+OPTIMISER |= {"grad", "grad_acc", "grad_sum", "params0", "previous_gradient", "updates", "z"}
 OPTIMISER |= {"v", "v_row", "v_col", "e_g", "e_x", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+OPTIMISER |= {"diff_params_memory", "diff_updates_memory"}
 RANDOM = {"rng", "rngs"}  # keys of random numbers
 TUPLE = re.compile(r"\('[^']*'(, '[^']*')*,?\)")  # a tuple of names as text, as Orbax writes it
 TARGETS = ("opt/target/", "optimizer/target/")  # where Flax's optimisers of before Linen kept the weights themselves
@@ -93,7 +95,7 @@ def unwrapped(arrays: Arrays, others: Iterable[str], key: str | None = None) -> 
     if len(weights) > 1:
         raise CheckpointError(f"several sets of weights, {_keys(weights)}: say which with --key or key=")
     if found and not weights:
-        raise CheckpointError(f"only an optimiser's arrays, under {_keys(found)}: no weights beside them")
+        raise CheckpointError(f"only an optimiser's arrays, under {_keys(found)}: --key takes one of them all the same")
     (prefix,) = weights or [""]
     others_inside = tuple(other for other in found if other.startswith(prefix) and other != prefix)
     inside = {

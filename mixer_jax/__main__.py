@@ -46,7 +46,7 @@ def summary(arguments: argparse.Namespace) -> None:
     if is_file(source):
         refuse_ignored(arguments, ["num_classes"], f"is for a variant, and {source} is a file, which has its own")
     else:
-        reading = ["depth", "variant", "dtype", "key", "allow_nonfinite", "gelu", "layer_norm_epsilon", "preprocess"]
+        reading = ["depth", "variant", "dtype", "key", "step", "allow_nonfinite", "gelu", "layer_norm_epsilon", "preprocess"]
         refuse_ignored(arguments, reading, f"is for a file, and {source} is none; leave it out")
         sizes = {"num_classes": arguments.num_classes, "image_size": arguments.image_size}
         variant = {name: value for name, value in sizes.items() if value is not None}

@@ -156,6 +156,7 @@ USAGE = {  # unknown verbs, options that the command would ignore, and values th
     "mixer_jax summary B/16 --depth 12": "--depth: is for a file, and B/16 is none",
     "mixer_jax summary B/16 --variant B/16 --dtype float32": "--variant, --dtype: is for a file, and B/16 is none",
     "mixer_jax summary B/16 --key ema --allow-nonfinite": "--key, --allow-nonfinite: is for a file, and B/16 is none",
+    "mixer_jax summary B/16 --step 3": "--step: is for a file, and B/16 is none",
     "mixer_jax predict FILE x --force": "--force: replaces OUT.npy, and --features does not name one",
     "mixer_jax predict FILE x --against squash --features f.npy": "--features are those of one preprocessing: leave out",
     "mixer_jax predict FILE x --against squash --top 3": "--top: --against shows the best class of each preprocessing; --json",

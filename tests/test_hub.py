@@ -271,7 +271,21 @@ def test_a_hub_cache_of_links_is_read(folder, tmp_path, capsys):
         (snapshot / name).symlink_to(repository / name)
     assert read(snapshot).metadata == read(snapshot / "model.safetensors").metadata == read(repository).metadata
     (snapshot / "config.json").unlink()
-    assert read(snapshot / "model.safetensors").notes == ("the hub has no config.json beside these weights",)
+    unstated = read(snapshot / "model.safetensors")
+    assert unstated.notes == ("no config.json lies beside these weights of the hub",)
+    assert unstated.metadata.preprocessing is None  # never fetched or not there: the layout's default could be wrong
+
+
+def test_labels_cannot_command_a_terminal(folder):
+    with pytest.raises(CheckpointError, match="label_names must be names of classes"):
+        read(folder(changed(label_names=["a\n\x1b[31mred"] * 7)))
+
+
+def test_a_config_of_something_else_can_be_moved_away(folder):
+    with pytest.raises(
+        CheckpointError, match="input_size must be .* not 16; if config.json is not about these weights, move it"
+    ):
+        read(folder({"input_size": 16, "lr": 0.001}))
 
 
 @pytest.mark.torch

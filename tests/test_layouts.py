@@ -2,6 +2,8 @@
 
 import argparse
 import itertools
+import sys
+import types
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -153,6 +155,14 @@ def test_an_optimisers_copy_of_the_tree_is_not_mistaken_for_weights():
     assert equal(Checkpoint.from_arrays(prefixed("params/", weights) | moments).arrays, weights)
 
 
+@pytest.mark.parametrize("name", ["grad_acc", "previous_gradient", "z", "mu", "diff_params_memory"])
+def test_a_state_of_optax_alone_is_no_checkpoint(name):
+    state = prefixed(f"0/{name}/", random_weights(TINY))
+    with pytest.raises(CheckpointError, match=f"only an optimiser's arrays, under 0/{name}: --key takes one of them"):
+        Checkpoint.from_arrays(state)
+    assert equal(Checkpoint.from_arrays(state, key=f"0/{name}").arrays, random_weights(TINY))
+
+
 def test_of_several_sets_of_weights_one_needs_a_key():
     weights, average = random_weights(TINY), random_weights(TINY, seed=9)
     both = prefixed("state_dict/", weights) | prefixed("state_dict_ema/", average)
@@ -195,6 +205,27 @@ def test_of_several_state_dicts_each_has_its_own_metadata(tmp_path):
         assert convert.read(tmp_path / "two.pt", ReadOptions(key=key)).metadata.gelu == gelu
     with pytest.raises(CheckpointError, match="are not a square grid"):  # the image size that the others state is not its own
         _ = convert.read(tmp_path / "two.pt", ReadOptions(key="plain")).config
+
+
+@pytest.mark.torch
+def test_a_dictionary_of_another_library_is_passed_over(tmp_path, monkeypatch):
+    """Lightning's is a class of its own, pickled item by item; a class that is not known is named."""
+    import torch
+
+    weights = Checkpoint.from_arrays(random_weights(TINY)).to("timm").as_torch()
+    for module, error in (
+        ("lightning_fabric.utilities.data", None),
+        ("another.module", "holds a another.module.AttributeDict"),
+    ):
+        library = types.ModuleType(module)
+        library.AttributeDict = type("AttributeDict", (dict,), {"__module__": module})
+        monkeypatch.setitem(sys.modules, module, library)
+        torch.save({"state_dict": weights, "hyper_parameters": library.AttributeDict(lr=0.1)}, tmp_path / "w.ckpt")
+        if error is None:
+            assert convert.read(tmp_path / "w.ckpt").beside == ("hyper_parameters",)
+        else:
+            with pytest.raises(CheckpointError, match=f"refuses it.*{error}: save the state_dict alone"):
+                convert.read(tmp_path / "w.ckpt")
 
 
 @pytest.mark.torch

@@ -56,6 +56,9 @@ class Inert:
     def __setstate__(self, _: Any) -> None:
         pass
 
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
+
 
 def read(path: Path) -> Content:
     read_directory(path, OpenFile(path))
@@ -71,7 +74,11 @@ def read(path: Path) -> Content:
             state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except Exception as error:  # a restricted unpickler can stop at anything
         reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()[:1] or [type(error).__name__]
-        raise CheckpointError(f"torch.load(weights_only=True) refuses it, and nothing else is tried: {reason[0]}") from None
+        held = re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error))
+        remedy = f"; it holds a {held[1]}: save the state_dict alone" if held else ""
+        raise CheckpointError(
+            f"torch.load(weights_only=True) refuses it, and nothing else is tried: {reason[0]}{remedy}"
+        ) from None
     if not isinstance(state, Mapping):
         what = "an object of another library" if isinstance(state, Inert) else f"a {type(state).__name__}"
         raise CheckpointError(f"holds {what}, not a state_dict")
