@@ -662,3 +662,10 @@ def test_the_bar_reaches_the_total_and_goes_away(monkeypatch):
         drawn = terminal.getvalue()
     assert all(text in drawn for text in (" 43%|", "300k/700k", "100%|"))
     assert terminal.getvalue().endswith("\r")
+
+
+def test_weights_that_were_cached_without_a_config_are_there_offline(hub, repository):
+    del repository["config.json"]
+    path = download("hf:a/b")
+    repository["config.json"] = type("LocalEntryNotFoundError", (EntryNotFoundError,), {})("offline and not in the cache")
+    assert download("hf:a/b") == path

@@ -213,11 +213,10 @@ def test_a_dictionary_of_another_library_is_passed_over(tmp_path, monkeypatch):
     import torch
 
     weights = Checkpoint.from_arrays(random_weights(TINY)).to("timm").as_torch()
-    for module, error in (
-        ("lightning_fabric.utilities.data", None),
-        ("another.module", "holds a another.module.AttributeDict"),
-    ):
+    for module, error in (("lightning_fabric.utilities.data", None), ("another", "it holds a another.AttributeDict")):
         library = types.ModuleType(module)
+        for parent in ("lightning_fabric", "lightning_fabric.utilities"):
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
         library.AttributeDict = type("AttributeDict", (dict,), {"__module__": module})
         monkeypatch.setitem(sys.modules, module, library)
         torch.save({"state_dict": weights, "hyper_parameters": library.AttributeDict(lr=0.1)}, tmp_path / "w.ckpt")
