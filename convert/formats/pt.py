@@ -37,10 +37,6 @@ INERT = (
     "numpy.dtype",
     "numpy.ndarray",
     "mmengine.logging.history_buffer.HistoryBuffer",
-    "mmengine.config.config.ConfigDict",
-    "lightning.fabric.utilities.data.AttributeDict",
-    "lightning_fabric.utilities.data.AttributeDict",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
 )
 
 
@@ -54,9 +50,6 @@ class Inert:
         return super().__new__(cls)
 
     def __setstate__(self, _: Any) -> None:
-        pass
-
-    def __setitem__(self, _: Any, __: Any) -> None:
         pass
 
 
