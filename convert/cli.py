@@ -58,18 +58,19 @@ def refuse_ignored(arguments: argparse.Namespace, options: Iterable[str], why: s
         arguments.usage(f"{', '.join(given)}: {why}")
 
 
-def add_reading_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ReadOptions, for every command that reads a checkpoint."""
-    parser.add_argument(
-        "--image-size", type=size, metavar="HxW", help="input size in pixels, needed when the patch grid is not square"
-    )
+def add_reading_options(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """The options of ReadOptions, for every command that reads a checkpoint; `without` those that mean something else there."""
+    parser.set_defaults(**dict.fromkeys(without))
+    if "image_size" not in without:
+        pixels = "input size in pixels, needed when the patch grid is not square"
+        parser.add_argument("--image-size", type=size, metavar="HxW", help=pixels)
     parser.add_argument(
         "--depth", type=whole_number(1), metavar="N", help="number of blocks, for a depth no published Mixer has"
     )
     parser.add_argument("--variant", type=variant, metavar="B/16", help="fail unless the checkpoint is this variant")
-    parser.add_argument(
-        "--dtype", type=dtype, metavar="DTYPE", help=f"cast weights to {', '.join(WEIGHTS)}; required for float64 files"
-    )
+    if "dtype" not in without:
+        cast = f"cast weights to {', '.join(WEIGHTS)}; required for float64 files"
+        parser.add_argument("--dtype", type=dtype, metavar="DTYPE", help=cast)
     parser.add_argument("--gelu", choices=get_args(Gelu), help="GELU that the weights were trained with (default: the file's)")
     parser.add_argument(
         "--layer-norm-epsilon", type=float, metavar="E", help="LayerNorm epsilon of the weights (default: the file's)"

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from convert import __version__, read
 from convert.cli import (
     add_reading_options,
+    dtype,
     preprocessing,
     reading_options,
     refuse_ignored,
     require_verb,
     run_guarded,
+    size,
     whole_number,
 )
 
@@ -26,7 +28,16 @@ if TYPE_CHECKING:
 
 
 Subparsers = argparse._SubParsersAction  # which argparse gives no public name
-VERBS = ("summary", "demo", "predict", "evaluate", "parity", "draw")
+VERBS = ("summary", "demo", "predict", "evaluate", "finetune", "parity", "draw")
+
+NONE = "none"  # the text of an option that turns something off
+OPTIONAL: dict[str, Callable[[str], object]] = {
+    "image_size": size,
+    "dtype": dtype,
+    "momentum_dtype": dtype,
+    "randaugment": float,
+    "ema_decay": float,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,6 +91,20 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     options = {"real": arguments.real, "confusion": arguments.confusion, "as_json": arguments.json, "force": arguments.force}
     run(_model_options(arguments), arguments.folder, **options)
+
+
+def finetune(arguments: argparse.Namespace) -> None:
+    from .commands.finetune import run
+    from .training.config import HELP
+
+    given = {name: getattr(arguments, f"config_{name}") for name in HELP}
+    changes = {name: None if value == NONE else value for name, value in given.items() if value is not None}
+    options = {name: getattr(arguments, name) for name in ("from_scratch", "resume", "threads", "preset")}
+    code = run(
+        arguments.checkpoint, arguments.data, arguments.run_folder, changes, reading=reading_options(arguments), **options
+    )
+    if code:
+        sys.exit(code)
 
 
 def parity(arguments: argparse.Namespace) -> None:
@@ -137,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mixer-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_summary, _add_demo, _add_predict, _add_evaluate, _add_parity, _add_draw):
+    for add in (_add_summary, _add_demo, _add_predict, _add_evaluate, _add_finetune, _add_parity, _add_draw):
         add(commands)
     return parser
 
@@ -190,6 +215,44 @@ def _add_evaluate(commands: Subparsers) -> None:
     command.add_argument("--real", type=Path, metavar="real.json", help=real)
     command.add_argument("--confusion", type=Path, metavar="OUT.png", help="draw which class is taken for which")
     command.add_argument("--force", action="store_true", help="replace OUT.png")
+
+
+def _add_finetune(commands: Subparsers) -> None:
+    from .training.config import HELP, PRESETS, FinetuneConfig
+
+    example = "finetune Mixer-B_16.npz pets/ --run pets-run --preset small"
+    command = _command(commands, finetune, "train on one's own images; the same command again goes on", example=example)
+    command.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint to begin with")
+    data = (
+        "a folder of class folders, or of train/, val/ and test/; a table of path and label; CIFAR's or MNIST's files; digits"
+    )
+    command.add_argument("data", metavar="DATA", help=data)
+    command.add_argument("--run", dest="run_folder", required=True, type=Path, metavar="FOLDER", help="folder of the run")
+    scratch = "begin with random weights instead of a checkpoint; S/4,num_blocks=2,hidden_dim=64 changes sizes"
+    command.add_argument("--from-scratch", metavar="S/32", help=scratch)
+    command.add_argument("--resume", action="store_true", help="go on with the run in FOLDER; an error if there is none")
+    command.add_argument("--preset", choices=PRESETS, default="official", help="values of all that follow (default: official)")
+    command.add_argument("--threads", type=whole_number(1), metavar="N", help="image-decoding threads (default: one per core)")
+    add_reading_options(command, without=("image_size", "dtype"))  # these are the run's
+    defaults = FinetuneConfig().as_dict()
+    for name, text in HELP.items():
+        option, kind = f"--{name.replace('_', '-')}", type(defaults[name])
+        shown = f"{text} (default: {defaults[name]})" if defaults[name] is not None else text
+        if kind is bool:
+            command.add_argument(option, dest=f"config_{name}", action=argparse.BooleanOptionalAction, help=shown)
+        else:
+            parse: Callable[[str], object] = OPTIONAL.get(name, kind)
+            command.add_argument(option, dest=f"config_{name}", type=_or_none(parse), metavar="X", help=shown)
+
+
+def _or_none(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """An argument that may be "none" as well."""
+
+    def parsed(text: str) -> object:
+        return NONE if text == NONE else parse(text)
+
+    parsed.__name__ = getattr(parse, "__name__", "value")  # which argparse shows in its message
+    return parsed
 
 
 def _add_parity(commands: Subparsers) -> None:

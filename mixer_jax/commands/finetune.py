@@ -1,0 +1,167 @@
+"""Fine-tuning: a checkpoint and one's own images in, a folder with the trained weights out; or training from scratch."""
+
+__all__ = ["finetune"]
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from convert import Checkpoint, CheckpointError, MixerConfig, ReadOptions, read
+from convert.identity import fingerprint
+from convert.preprocessing import PREPROCESSING_NAMES
+
+from ..training.config import FinetuneConfig
+from ..training.data import Dataset, Splits, open_dataset
+from ..training.freezing import trainable
+
+Source = str | os.PathLike[str] | Checkpoint
+SIZES = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
+
+
+def finetune(
+    checkpoint: Source | None,
+    data: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    *,
+    config: FinetuneConfig | None = None,
+    from_scratch: str | None = None,
+    reading: ReadOptions | None = None,
+    resume: bool = False,
+    threads: int | None = None,
+) -> Any:
+    """Train on the images of `data`, which `open_dataset` opens, in the folder `run`; returns the `loop.Trainer`, finished.
+
+    The folder gets config.json, metrics.jsonl, metrics.csv, and as Orbax checkpoints that every command takes `best`, by
+    accuracy on the validation images, and `last`; `states` is for going on. Calling it again with the same arguments goes on
+    where the run stopped, to the same bits. `from_scratch` is a variant with random weights in place of a checkpoint: "S/32",
+    or "S/4,num_blocks=2,hidden_dim=128".
+
+    Raises CheckpointError for data, weights or a folder that do not fit, and where the loss is not finite; `loop.Interrupted`
+    after SIGTERM or Ctrl-C, with the state saved.
+    """
+    from ..training.loop import Trainer
+    from ..training.run_folder import RunFolder
+
+    config = config or FinetuneConfig()
+    if (checkpoint is None) == (from_scratch is None):
+        raise CheckpointError("give a checkpoint, or with from_scratch a variant to begin with random weights")
+    model, splits, weights = _opened(checkpoint, data, config, from_scratch, reading or ReadOptions())
+    try:
+        trainable(model, config.recipe.train)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    settings: dict[str, dict[str, Any]] = {
+        "config": config.as_dict(),
+        "model": asdict(model.config) | {"preprocessing": model.preprocessing, "weights": weights},
+        "data": {name: _facts(part) for name, part in vars(splits).items() if part is not None},
+        "classes": {str(i): name for i, name in enumerate(splits.train.classes)},
+    }
+    folder = RunFolder(run, settings, resume=resume)
+    try:
+        trainer = Trainer(model=model, splits=splits, config=config, folder=folder, threads=threads)
+        trainer.run()
+        return trainer
+    finally:
+        folder.close()
+
+
+def run(
+    checkpoint: str | None,
+    data: str,
+    folder: Path,
+    changes: Mapping[str, Any],
+    *,
+    preset: str,
+    from_scratch: str | None,
+    reading: ReadOptions,
+    resume: bool,
+    threads: int | None,
+) -> int:
+    """The command `finetune`: print how it went. The exit code: 0, or that of a signal."""
+    from ..training.loop import Interrupted
+
+    try:
+        config = FinetuneConfig.of(preset, **changes)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    options: dict[str, Any] = {"from_scratch": from_scratch, "reading": reading, "resume": resume, "threads": threads}
+    try:
+        trainer = finetune(checkpoint, data, folder, config=config, **options)
+    except Interrupted as stop:
+        print(f"{folder}: stopped by a signal, state saved; the same command goes on", file=sys.stderr)
+        return 128 + stop.number
+    best, test = trainer.best_row, trainer.test_scores
+    print(f"best: step {best['step']}, {best['validation_correct']} of {best['validation_images']} validation images right")
+    if test is not None:
+        print(f"test: {100 * test.accuracy:.2f} % ({test.correct} of {test.images} images), by the weights of that step")
+    print(f"{folder / 'best'}: predict, evaluate and convert take it as it is")
+    return 0
+
+
+def _opened(
+    source: str | os.PathLike[str] | Checkpoint | None,
+    data: Any,
+    config: FinetuneConfig,
+    variant: str | None,
+    reading: ReadOptions,
+) -> tuple[Any, Splits, str]:
+    """The model to begin with, the images, and what identifies the weights."""
+    from flax import nnx
+
+    from ..model import MlpMixer
+    from ..pretrained import load
+
+    options: dict[str, Any] = {"validation": config.validation, "seed": config.seed}
+    how: dict[str, Any] = {"dropout_rate": config.dropout_rate, "stochastic_depth_rate": config.stochastic_depth_rate}
+    how |= {"dtype": config.dtype, "remat": config.remat, "rngs": nnx.Rngs(config.seed)}
+    if variant is not None:
+        splits = open_dataset(data, **options)
+        model = MlpMixer(_scratch_config(variant, config, splits.train), **how)
+        model.labels, model.preprocessing = splits.train.classes, "squash"
+        return model, splits, f"random, {variant}"
+    checkpoint = source if isinstance(source, Checkpoint) else read(str(source), reading)
+    preprocessing = _training_preprocessing(checkpoint, explicit=reading.preprocessing is not None)
+    identity = fingerprint(checkpoint.arrays, checkpoint.layout)
+    options["channels"] = checkpoint.config.in_channels
+    if options["channels"] not in (1, 3):
+        raise CheckpointError(f"{checkpoint.source}: the model takes {options['channels']} channels, and images have 3 or 1")
+    if config.keep_head and not checkpoint.metadata.labels:
+        raise CheckpointError(f"{checkpoint.source}: has no labels, so its head cannot be kept: leave out keep_head")
+    splits = open_dataset(data, classes=checkpoint.metadata.labels if config.keep_head else None, **options)
+    if config.image_size not in (None, checkpoint.config.image_size):
+        checkpoint = checkpoint.resized(config.image_size, resample=config.resample)
+    if not config.keep_head:
+        unlabelled = checkpoint.with_metadata(labels=None).without_head()
+        checkpoint = unlabelled.with_classes(len(splits.train.classes)).with_metadata(labels=splits.train.classes)
+    return load(checkpoint.with_metadata(preprocessing=preprocessing), **how), splits, identity
+
+
+def _training_preprocessing(checkpoint: Checkpoint, *, explicit: bool) -> str:
+    """Officially the whole image is resized, without a crop; where the range of the pixels is another, the checkpoint's own."""
+    from ..preprocess import preprocessing_of
+
+    own = checkpoint.metadata.preprocessing
+    if own is None:
+        names = ", ".join(PREPROCESSING_NAMES)
+        raise CheckpointError(f"{checkpoint.source}: names no preprocessing: choose one with --preprocess, of {names}")
+    return own if explicit or preprocessing_of(own).limits != (-1.0, 1.0) else "squash"
+
+
+def _scratch_config(text: str, config: FinetuneConfig, images: Dataset) -> MixerConfig:
+    name, *changes = text.split(",")
+    try:
+        sizes = {key: int(value) for key, _, value in (change.partition("=") for change in changes)}
+        if unknown := sorted(sizes.keys() - set(SIZES)):
+            raise ValueError(f"no size {unknown[0]!r}: one of {', '.join(SIZES)}")
+        size = config.image_size or (224, 224)
+        mixer = MixerConfig.named(name, num_classes=len(images.classes), image_size=size, in_channels=images.channels)
+        return mixer.replace(**sizes)
+    except ValueError as error:
+        raise CheckpointError(f"from_scratch {text!r}: {error}") from None
+
+
+def _facts(part: Dataset) -> dict[str, Any]:
+    return {"images": len(part), "fingerprint": part.fingerprint}

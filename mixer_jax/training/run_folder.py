@@ -1,0 +1,109 @@
+"""The folder of a run: its config, its metrics, its states, and the weights that come out of it."""
+
+__all__ = ["RunFolder"]
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from convert import CheckpointError
+from convert.atomic import atomic_write
+
+from .config import differences
+
+KIND = "mixer_jax fine-tuning run, version 1"
+CONFIG, METRICS, TABLE = "config.json", "metrics.jsonl", "metrics.csv"
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """A run's own folder, locked against a second process until `close`.
+
+    `settings` are groups of fields that decide the result; a folder with others is refused, naming what differs. Rows of
+    metrics hold no times, so that a run that was stopped and went on ends with the same file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Mapping[str, Any]], *, resume: bool = False):
+        self.path = Path(path)
+        found = (self.path / CONFIG).is_file()
+        if resume and not found:
+            raise CheckpointError(f"{self.path}: no run to resume; without --resume a new one begins there")
+        if self.path.exists() and not found and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise CheckpointError(f"{self.path}: exists and is not a run of fine-tuning: give a new folder")
+        self.path.mkdir(exist_ok=True, parents=True)
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise CheckpointError(f"{self.path}: another process is training in this folder") from None
+        self.rows: list[Row] = []
+        wanted = json.loads(json.dumps({"kind": KIND, **settings}))
+        try:
+            if found:
+                self._require_same(wanted)
+            else:
+                _write(self.path / CONFIG, json.dumps(wanted, indent=2) + "\n")
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _require_same(self, wanted: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads((self.path / CONFIG).read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / CONFIG}: is not JSON: {error}") from None
+        if not isinstance(before, dict) or before.get("kind") != KIND:
+            raise CheckpointError(f"{self.path / CONFIG}: is not that of a run of fine-tuning: give a new folder")
+        faults = []
+        for group, values in wanted.items():
+            if group != "kind":
+                faults += [f"{group}: {text}" for text in differences(before.get(group, {}), values)]
+        if faults:
+            raise CheckpointError(
+                f"{self.path}: holds another run: {'; '.join(faults)}. Go on with the same settings, weights and images, or "
+                "give a new folder"
+            )
+
+    def keep_until(self, step: int | None) -> None:
+        """Take up the metrics of a run that goes on after `step` (None: from the start), and drop those after it."""
+        file = self.path / METRICS
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        self.rows = [row for row in map(json.loads, lines) if step is not None and row["step"] <= step]
+        _write(file, "".join(map(_line, self.rows)))
+
+    def add(self, row: Row) -> None:
+        """Append a row of metrics."""
+        self.rows.append(row)
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+    def write_table(self) -> None:
+        """All metrics as one CSV table, a row a step."""
+        by_step: dict[int, Row] = {}
+        for row in self.rows:
+            by_step.setdefault(row["step"], {}).update(row)
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        table = csv.DictWriter(text, names, lineterminator="\n")
+        table.writeheader()
+        table.writerows(by_step[step] for step in sorted(by_step))
+        _write(self.path / TABLE, text.getvalue())
+
+    def close(self) -> None:
+        self._lock.release()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    content = text.encode()
+    with atomic_write(path, size=len(content), force=True) as temporary:
+        temporary.write_bytes(content)

@@ -1,0 +1,84 @@
+"""Training states on disk: written by Orbax in the background, each complete or not at all, and verified when read."""
+
+__all__ = ["States"]
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert import CheckpointError
+from convert.formats.zarr import checksum, reason
+
+from .step import TrainState
+
+KEPT = 2
+
+
+class States:
+    """The states of a run in a folder, by step; the newest are kept.
+
+    What a killed process left half-written is removed at the start, and never taken for a state.
+    """
+
+    def __init__(self, folder: Path):
+        import orbax.checkpoint as ocp
+
+        self._ocp, self._folder = ocp, folder.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "facts"))
+
+    @property
+    def newest(self) -> int | None:
+        """The step of the newest state, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, facts: Mapping[str, Any]) -> None:
+        """Start to write a state, with facts that JSON can hold, after the state before it has been written."""
+        step, arrays = int(state.step), _by_name(state)
+        if step == self.newest:
+            return
+        facts = dict(facts) | {"checksums": {name: checksum(array) for name, array in arrays.items()}}
+        items = self._ocp.args.Composite(state=self._ocp.args.StandardSave(arrays), facts=self._ocp.args.JsonSave(facts))
+        with self._explained(f"the state of step {step} cannot be saved"):
+            self._manager.save(step, args=items)
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest state, with the shapes and dtypes of another. Raises CheckpointError if it is not what was written."""
+        step, shapes = self.newest, _by_name(jax.eval_shape(lambda: like), values=False)
+        items = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(shapes), facts=self._ocp.args.JsonRestore())
+        with self._explained(f"the state of step {step} cannot be read"):
+            restored = self._manager.restore(step, args=items)
+        arrays = {name: np.asarray(array) for name, array in restored["state"].items()}
+        if wrong := [name for name in arrays if checksum(arrays[name]) != restored["facts"]["checksums"].get(name)]:
+            fault = f"the state of step {step} is damaged (CRC-32): {wrong[0]}"
+            raise CheckpointError(f"{self._folder}: {fault}: remove {self._folder / str(step)} to go on from an older state")
+        leaves = [jax.numpy.array(arrays[name]) for name in shapes]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def finish(self) -> None:
+        """Wait until all is written. Raises CheckpointError where that failed; older states are still there."""
+        with self._explained("a state cannot be saved"):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # what failed has been said by `finish`
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Any:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise whatever was underneath
+            raise CheckpointError(f"{self._folder}: {what}: {reason(error)}") from None
+
+
+def _by_name(state: TrainState, *, values: bool = True) -> dict[str, Any]:
+    """The arrays of a state by name, as copies: a compiled step takes over the memory of the state that it is given."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    named = {jax.tree_util.keystr(path).replace("/", "."): leaf for path, leaf in leaves}
+    return {name: np.array(leaf) for name, leaf in named.items()} if values else named
