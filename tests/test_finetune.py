@@ -1,5 +1,6 @@
 """A run that is stopped anywhere ends with the bits of one that was not; and no run goes on where it should not."""
 
+import itertools
 import json
 import os
 import random
@@ -65,7 +66,7 @@ def killed(folder, generator, *options):
     command = [sys.executable, "-m", "mixer_jax", "finetune", *LINE, "--run", str(folder), *options]
     child = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
     try:
-        return child.wait(timeout=generator.uniform(3, 9)) and pytest.fail("the run failed")
+        return child.wait(timeout=generator.uniform(2, 7)) and pytest.fail("the run failed")
     except subprocess.TimeoutExpired:
         child.kill()
         return child.wait()
@@ -73,9 +74,9 @@ def killed(folder, generator, *options):
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.heavy)])
 def test_killed_anywhere_ends_with_the_same_bits(kills, uninterrupted, tmp_path):
-    generator, count = random.Random(kills), 0
+    generator, count, rounds = random.Random(kills), 0, itertools.count()
     while count < kills:
-        folder = tmp_path / str(count)
+        folder = tmp_path / str(next(rounds))
         while count < kills and killed(folder, generator, "--threads", str(1 + 3 * (count % 2))) == -signal.SIGKILL:
             count += 1
         process("finetune", *LINE, "--run", folder)
