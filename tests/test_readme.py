@@ -113,13 +113,18 @@ def test_a_command_that_fails_is_noticed(folder):
     assert subprocess.run(command, capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*the head for 1000 classes is now zeros for 2")
-def test_the_page_on_fine_tuning_runs(folder, capsys):
-    pytest.importorskip("grain")  # the extra `train`
+def _make_pets(folder):
+    """A folder of classes for training."""
     for i, name in enumerate(["cat.jpg", "dog.jpg"] * 4):
         path = folder / "pets" / name[:3] / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((folder / name).read_bytes())
+
+
+@pytest.mark.filterwarnings("ignore:.*the head for 1000 classes is now zeros for 2")
+def test_the_page_on_fine_tuning_runs(folder, capsys):
+    pytest.importorskip("grain")  # the extra `train`
+    _make_pets(folder)
     (block,) = blocks("fine-tuning.md", "python")
     few = block.replace("warmup_steps=50, total_steps=500", "warmup_steps=1, total_steps=3")
     assert few != block
@@ -152,16 +157,20 @@ def test_every_verb_is_a_python_function(folder, released):
     rows = re.findall(r"^\| `python -m (\w+) (\w+)[^|]*\| `(.*)` \|$", PAGES["converting.md"], re.MULTILINE)
     from convert.__main__ import A2B, VERBS
     from mixer_jax.__main__ import VERBS as MIXER_VERBS
+    from mixer_jax.training.config import FinetuneConfig
 
     assert {verb for package, verb, _ in rows if package == "mixer_jax"} == set(MIXER_VERBS)
     assert {verb for package, verb, _ in rows if package == "convert"} - {"npz2torch"} == set(VERBS) - {"convert", *A2B}
     scope: dict = {"model": mixer_jax.load("Mixer-B_16.npz"), "checkpoint": convert.read("Mixer-B_16.npz")}
-    modules = "convert.download, mixer_jax.commands.demo, mixer_jax.commands.draw, mixer_jax.commands.parity"
+    _make_pets(folder)
+    scope["config"] = FinetuneConfig.of("small", batch_size=4, warmup_steps=1, total_steps=2)
+    modules = "convert.download, " + ", ".join(f"mixer_jax.commands.{name}" for name in ("demo", "draw", "finetune", "parity"))
     exec(f"from pathlib import Path; import {modules}", scope)
     results = {verb: eval(python, scope) for _, verb, python in rows}
     assert len(results["predict"][0].top) == 3
     assert results["compare"].fingerprint == results["inspect"]["fingerprint"]
     assert results["parity"].passed
+    assert results["finetune"].best_row["validation_images"] == 2
     assert results["evaluate"].top1.images == 2
 
 
