@@ -127,6 +127,9 @@ def test_another_config_is_refused_and_named(short, tmp_path):
         scratch(short, base_rate=0.02)
     with pytest.raises(CheckpointError, match="no run to resume"):
         finetune(None, "digits", tmp_path / "new", config=config(), from_scratch=SCRATCH, resume=True)
+    (tmp_path / "barely").mkdir()
+    (tmp_path / "barely" / ".lock").touch()  # killed before there was a config
+    scratch(tmp_path / "barely")
     with FileLock(short / ".lock"), pytest.raises(CheckpointError, match="another process is training in this folder"):
         scratch(short)
     (tmp_path / "other").mkdir()

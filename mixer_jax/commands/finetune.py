@@ -102,7 +102,7 @@ def run(
 
 
 def _opened(
-    source: str | os.PathLike[str] | Checkpoint | None,
+    source: Source | None,
     data: Any,
     config: FinetuneConfig,
     variant: str | None,

@@ -6,13 +6,15 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import logsumexp
 from tqdm import tqdm
 
 from convert import CheckpointError
@@ -135,18 +137,20 @@ class Trainer:
             tqdm.write(f"not used: {name}: {error}")
         self._end(states)
 
-    @property
+    @cached_property
     def _batches(self) -> TrainingBatches:
-        if not hasattr(self, "_training"):
-            self._training = TrainingBatches(
-                dataset=self.splits.train,
-                batch_size=self.config.batch_size,
-                seed=self.config.seed,
-                augmentation=self.config.augmentation,
-                threads=self.threads,
-                **self._images,
-            )
-        return self._training
+        return TrainingBatches(
+            dataset=self.splits.train,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            augmentation=self.config.augmentation,
+            threads=self.threads,
+            **self._images,
+        )
+
+    @cached_property
+    def _logits(self) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
+        return jax.jit(lambda weights, images: with_weights(self.model, weights)(images))
 
     @property
     def _images(self) -> dict[str, Any]:
@@ -180,7 +184,7 @@ class Trainer:
     def _save(self, state: TrainState, states: States) -> None:
         self._write(state, LAST)
         self.folder.write_table()
-        states.save(state, {})
+        states.save(state)
 
     def _write(self, state: TrainState, name: str) -> None:
         save(with_weights(self.model, state.averaged), self.folder.path / name, force=True)
@@ -197,9 +201,6 @@ class Trainer:
 
     def scores(self, weights: dict[str, Any], dataset: Dataset) -> Scores:
         """The scores of weights on a dataset, by the prepared images that `evaluate` sees."""
-        if not hasattr(self, "_logits"):
-            model = self.model
-            self._logits = jax.jit(lambda weights, images: with_weights(model, weights)(images))
         size = self.config.batch_size // self.config.recipe.accumulation
         batches = EvaluationBatches(dataset=dataset, batch_size=size, threads=self.threads, **self._images)
         correct = images = 0
@@ -208,8 +209,7 @@ class Trainer:
             logits = np.asarray(self._logits(weights, jnp.asarray(batch.images)), np.float64)
             used = batch.weights > 0
             logits, labels = logits[used], batch.labels[used]
-            shifted = logits - logits.max(axis=1, keepdims=True)
-            loss += float((np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]).sum())
+            loss += float((logsumexp(logits, axis=1) - logits[np.arange(len(labels)), labels]).sum())
             correct, images = correct + int((logits.argmax(axis=1) == labels).sum()), images + len(labels)
         if not images:
             name, error = next(iter(sorted(batches.unreadable.items())), ("no image", "the part is empty"))

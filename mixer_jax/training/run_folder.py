@@ -34,7 +34,11 @@ class RunFolder:
         found = (self.path / CONFIG).is_file()
         if resume and not found:
             raise CheckpointError(f"{self.path}: no run to resume; without --resume a new one begins there")
-        if self.path.exists() and not found and (not self.path.is_dir() or any(self.path.iterdir())):
+        if (
+            self.path.exists()
+            and not found
+            and (not self.path.is_dir() or any(not entry.name.startswith(".") for entry in self.path.iterdir()))
+        ):
             raise CheckpointError(f"{self.path}: exists and is not a run of fine-tuning: give a new folder")
         self.path.mkdir(exist_ok=True, parents=True)
         self._lock = FileLock(self.path / ".lock")

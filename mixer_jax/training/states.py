@@ -3,7 +3,6 @@
 __all__ = ["States"]
 
 import contextlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,12 @@ class States:
         """The step of the newest state, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, facts: Mapping[str, Any]) -> None:
-        """Start to write a state, with facts that JSON can hold, after the state before it has been written."""
+    def save(self, state: TrainState) -> None:
+        """Start to write a state, after the state before it has been written."""
         step, arrays = int(state.step), _by_name(state)
         if step == self.newest:
             return
-        facts = dict(facts) | {"checksums": {name: checksum(array) for name, array in arrays.items()}}
+        facts = {"checksums": {name: checksum(array) for name, array in arrays.items()}}
         items = self._ocp.args.Composite(state=self._ocp.args.StandardSave(arrays), facts=self._ocp.args.JsonSave(facts))
         with self._explained(f"the state of step {step} cannot be saved"):
             self._manager.save(step, args=items)
