@@ -134,7 +134,8 @@ def draw(arguments: argparse.Namespace) -> None:
         refuse_ignored(arguments, ["blocks"], "the stem is in no block; leave it out")
     if arguments.what == "norms":
         refuse_ignored(arguments, ["units"], "norms are of whole arrays; leave it out")
-    from .commands.draw import check_path, draw_norms, draw_stem, draw_tokens, require_matplotlib, save
+    from .pictures.files import check_path, require_matplotlib, save
+    from .pictures.weights import draw_norms, draw_stem, draw_tokens
 
     path, force = arguments.picture, arguments.force
     require_matplotlib()

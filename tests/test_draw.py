@@ -13,7 +13,8 @@ from PIL import Image
 
 import convert
 from convert import Checkpoint, CheckpointError, MixerConfig
-from mixer_jax.commands import draw
+from mixer_jax.pictures import files
+from mixer_jax.pictures import weights as draw
 
 CONFIG = MixerConfig(
     patch_size=(4, 4),
@@ -210,7 +211,7 @@ def test_the_text_names_the_file_the_blocks_the_units_and_the_grid(tmp_path):
         (draw.draw_norms(checkpoint), ["w.npz: RMS of the weights", "root mean square"]),
     ):
         assert [part for part in parts if part not in text_of(figure)] == []
-    draw.save(tokens, tmp_path / "formula.png")
+    files.save(tokens, tmp_path / "formula.png")
     assert [axes.get_title("left") for axes in many.axes[:14]] == ["block 0", "block 1"] * 7
 
 
@@ -332,7 +333,7 @@ def test_nothing_is_replaced_without_force_and_never_the_checkpoint(tmp_path, ca
     source, target = written(tmp_path / "w.npz"), tmp_path / "out.png"
     target.write_text("kept")
     with pytest.raises(CheckpointError, match="exists already"):
-        draw.save(draw.draw_stem(convert.read(source)), target)
+        files.save(draw.draw_stem(convert.read(source)), target)
     assert "out.png: exists already" in run(capfd, "draw", source, target, code=1).err
     assert target.read_text() == "kept"
     command(source, target, "--force")

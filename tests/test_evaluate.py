@@ -16,6 +16,8 @@ import mixer_jax
 from convert import CheckpointError, MixerConfig
 from mixer_jax import labels
 from mixer_jax.commands import evaluate
+from mixer_jax.evaluation import Accuracy, ClassResult, Evaluation
+from mixer_jax.pictures.confusion import draw_confusion
 
 NAMES = list(colours.COLOURS)
 SYNSETS = {"red": "n01443537", "green": "n02510455", "blue": "n01440764"}  # classes 1, 388 and 0 of ImageNet-1k
@@ -47,7 +49,7 @@ def evaluation(true, best, num_classes):
     """An evaluation of these true classes, and the best classes of each image, padded to five."""
     rows = [[*row, *(i for i in range(num_classes) if i not in row)][:5] for row in best]
     names = [f"class $ {i}" for i in range(num_classes)]
-    return evaluate.Evaluation(names, "squash", "label", np.array(true), np.array(rows), {})
+    return Evaluation(names, "squash", "label", np.array(true), np.array(rows), {})
 
 
 def test_accuracy_is_what_was_planted(model, tmp_path):
@@ -62,7 +64,7 @@ def test_accuracy_is_what_was_planted(model, tmp_path):
     assert (facts["top5"]["correct"], facts["unreadable"]) == (17, 0)
     assert (facts["preprocessing"], facts["matched_by"]) == ("resmall_crop", "label")
     red, *others = facts["by_class"]
-    assert evaluate.ClassResult(**red) == evaluate.ClassResult(0, "red", 3, 1, 2, "cyan", 1)
+    assert ClassResult(**red) == ClassResult(0, "red", 3, 1, 2, "cyan", 1)
     assert all((row["top1"], row["images"], row["taken_for"]) == (3, 3, None) for row in others)
     assert facts["confusion"] == [[0, 0, 1], [0, 3, 1], [0, 4, 1], *([i, i, 3] for i in range(1, 6))]
     for either in colours.models(model):
@@ -95,7 +97,7 @@ def test_text_has_a_row_for_each_class_and_intervals(model, tmp_path, capfd):
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 5), (8, 10), (5, 5), (38_220, 50_000), (1, 1)])
 def test_the_interval_is_wilsons_and_not_the_normal_approximation(correct, count):
-    accuracy, wanted = evaluate.Accuracy.of(correct, count), binomtest(correct, count).proportion_ci(method="wilson")
+    accuracy, wanted = Accuracy.of(correct, count), binomtest(correct, count).proportion_ci(method="wilson")
     assert (accuracy.low, accuracy.high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)  # measured: 1e-16
     normal = correct / count - 1.96 * np.sqrt(correct / count * (1 - correct / count) / count)
     assert count > 10_000 or abs(normal - accuracy.low) > 0.05 or correct == 0
@@ -194,14 +196,14 @@ def test_the_confusion_picture_is_written_once(model, tmp_path, capfd):
 def test_the_picture_is_drawn_from_the_same_counts():
     """Fractions by row, over the classes that occur: a transposed matrix would show others."""
     result = evaluation([2, 2, 2, 2, 7], [[2], [7], [7], [7], [7]], 9)
-    axes, bar = evaluate.draw_confusion(result, title="m.npz").axes
+    axes, bar = draw_confusion(result, title="m.npz").axes
     assert np.array_equal(axes.images[0].get_array(), [[0.25, 0.75], [0, 1]])
     assert axes.images[0].origin == "upper"  # the first row is at the top
     assert axes.get_title() == "m.npz: 40.0 % of 5 images right, 2 classes"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
     assert [text.get_text() for text in axes.get_yticklabels()] == ["class $ 2", "class $ 7"]
     assert bar.get_ylabel() == "of the images of the true class"
-    many = evaluate.draw_confusion(evaluation(range(70), [[i] for i in range(70)], 100)).axes[0]
+    many = draw_confusion(evaluation(range(70), [[i] for i in range(70)], 100)).axes[0]
     assert np.array_equal(many.images[0].get_array(), np.eye(70))
 
 
@@ -210,7 +212,7 @@ def test_figures_of_imagenet_21k_need_no_matrix_of_all_pairs_of_classes():
     true = np.arange(0, 21_843, 211)
     result = evaluation(true, [[i // 2] for i in true.tolist()], 21_843)
     assert len(result.by_class) == 104
-    assert result.by_class[1] == evaluate.ClassResult(211, "class $ 211", 1, 0, 0, "class $ 105", 1)
+    assert result.by_class[1] == ClassResult(211, "class $ 211", 1, 0, 0, "class $ 105", 1)
     occurring, fractions = result.confusion_fractions(50)
     assert len(occurring) > fractions.shape[0] == fractions.shape[1] == 50
     assert np.allclose(fractions.sum(axis=1)[fractions.any(axis=1)], 1)

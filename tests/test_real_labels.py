@@ -9,7 +9,8 @@ from command_line import process, run
 
 import mixer_jax
 from convert import CheckpointError
-from mixer_jax.commands import evaluate, real_labels
+from mixer_jax.commands import real_labels
+from mixer_jax.evaluation import Accuracy, Evaluation
 
 SYNSETS = {"red": "n01443537", "green": "n02510455", "blue": "n01440764"}  # classes 1, 388 and 0 of ImageNet-1k
 IMAGES = {1: "red", 2: "green", 50_000: "blue", 4: "red", 5: "green"}
@@ -48,8 +49,8 @@ def test_real_accuracy_is_what_was_planted(model, folder, tmp_path):
     file = real(tmp_path / "real.json", ENTRIES)
     facts = json.loads(process("evaluate", model, folder, "--real", file, "--json", "--batch-size", "2")[0])
     assert [facts["top1"][name] for name in ("correct", "images")] == [4, 5]
-    wanted = evaluate.Accuracy.of(3, 4)
-    assert evaluate.Accuracy(**facts["real"]) == wanted
+    wanted = Accuracy.of(3, 4)
+    assert Accuracy(**facts["real"]) == wanted
     for either in colours.models(model):
         assert mixer_jax.evaluate(either, folder, real=file).real == wanted
     assert mixer_jax.evaluate(either, folder).real is None
@@ -141,6 +142,6 @@ def test_real_counts_are_those_of_the_published_example():
     random = np.random.default_rng(0)
     best = np.array([random.permutation(9)[:5] for _ in range(200)])
     labels = [random.choice(9, random.integers(0, 4), replace=False).tolist() for _ in best]
-    result = evaluate.Evaluation([str(i) for i in range(9)], "squash", "synset", best[:, 1], best, {}, labels)
+    result = Evaluation([str(i) for i in range(9)], "squash", "synset", best[:, 1], best, {}, labels)
     right = [row[0] in classes for row, classes in zip(best, labels) if classes]
     assert (result.real.correct, result.real.images, result.real.accuracy) == (sum(right), len(right), np.mean(right))

@@ -1,6 +1,6 @@
 """ReaL: reassessed labels of ImageNet's validation images, none, one or several an image (Beyer et al. 2020)."""
 
-__all__ = ["RealLabels", "real_labels", "require_imagenet"]
+__all__ = ["real_labels", "require_imagenet"]
 
 import json
 import os
@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from convert import CheckpointError
 
+from ..evaluation import RealLabels
 from ..labels import imagenet_synsets
 
-RealLabels = Sequence[Sequence[int]]  # the classes of each image; an image without any is not counted
 IMAGES, CLASSES = 50_000, 1000
 LARGEST = 8 << 20  # bytes of a file; the published one, real.json, has 0.4 MB
 NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+", re.ASCII)

@@ -1,8 +1,7 @@
 """A checkpoint's weights as pictures: token-mixing units, stem units (paper, figures 5 to 7), and magnitudes by block."""
 
-__all__ = ["draw_norms", "draw_stem", "draw_tokens", "save"]
+__all__ = ["draw_norms", "draw_stem", "draw_tokens"]
 
-import io
 import itertools
 import math
 import os
@@ -16,14 +15,12 @@ from einops import rearrange
 from tqdm import tqdm
 
 from convert import Checkpoint, CheckpointError
-from convert.atomic import atomic_write, check_writable
 from convert.layouts import BIAS, BLOCK_MODULES, GOOGLE, MODULES, WEIGHT
 from convert.mapping import Slot, slots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ENDINGS = (".png", ".pdf", ".svg")
 DPI = 128
 WIDTH, ASPECT = 1500, 1.5  # of all montages of a figure: pixels at most, and width to height about
 FIRST_BLOCKS = 3
@@ -244,33 +241,6 @@ def _figure(
         left, bottom = np.rint(axes.get_position().corners()[1] * pixels).astype(int) - (0, tall)
         axes.set_position((left / pixels[0], bottom / pixels[1], wide / pixels[0], tall / pixels[1]))
     return figure
-
-
-def check_path(path: Path, *, source: str = "", force: bool = False) -> None:
-    """Raise CheckpointError unless a picture of this name can be written."""
-    if path.suffix.lower() not in ENDINGS:
-        raise CheckpointError(f"{path}: a picture ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
-    if path.exists() and os.path.exists(source) and path.samefile(source):
-        raise CheckpointError(f"{path}: is the checkpoint itself; give another name")
-    check_writable(path, force=force)
-
-
-def save(figure: "Figure", path: Path, *, force: bool = False) -> None:
-    """Write a figure, completely or not at all, in the format of the ending."""
-    check_path(path, force=force)
-    kind, content = path.suffix.lower()[1:], io.BytesIO()
-    undated = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
-    figure.savefig(content, format=kind, metadata=undated)
-    with atomic_write(path, size=content.getbuffer().nbytes, force=force) as temporary:
-        temporary.write_bytes(content.getbuffer())
-
-
-def require_matplotlib() -> None:
-    """Raise ImportError, with what to install, if Matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise ImportError("drawing needs Matplotlib: pip install 'mixer-jax[images]'") from None
 
 
 def _kernel(checkpoint: Checkpoint, module: str, block: int | None = None) -> np.ndarray:
