@@ -99,7 +99,7 @@ def finetune(arguments: argparse.Namespace) -> None:
 
     given = {name: getattr(arguments, f"config_{name}") for name in HELP}
     changes = {name: None if value == NONE else value for name, value in given.items() if value is not None}
-    options = {name: getattr(arguments, name) for name in ("from_scratch", "resume", "threads", "preset")}
+    options = {name: getattr(arguments, name) for name in ("from_scratch", "resume", "threads", "save_minutes", "preset")}
     code = run(
         arguments.checkpoint, arguments.data, arguments.run_folder, changes, reading=reading_options(arguments), **options
     )
@@ -234,6 +234,8 @@ def _add_finetune(commands: Subparsers) -> None:
     command.add_argument("--resume", action="store_true", help="go on with the run in FOLDER; an error if there is none")
     command.add_argument("--preset", choices=PRESETS, default="official", help="values of all that follow (default: official)")
     command.add_argument("--threads", type=whole_number(1), metavar="N", help="image-decoding threads (default: one per core)")
+    usual = "minutes from one saved state to the next, where evaluations are further apart (default: 10)"
+    command.add_argument("--save-minutes", type=float, default=10, metavar="N", help=usual)
     add_reading_options(command, without=("image_size", "dtype"))  # these are the run's
     defaults = FinetuneConfig().as_dict()
     for name, text in HELP.items():

@@ -1,13 +1,16 @@
 """A run that is stopped anywhere ends with the bits of one that was not; and no run goes on where it should not."""
 
+import csv
 import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,10 +18,12 @@ from command_line import process, run
 from conftest import random_weights
 from filelock import FileLock
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import mixer_jax
 from convert import Checkpoint, CheckpointError, MixerConfig, read, write
 from mixer_jax.commands.finetune import finetune
+from mixer_jax.pictures.curves import draw_curves, smoothed
 from mixer_jax.training.config import HELP, PRESETS, FinetuneConfig
 from mixer_jax.training.data import EvaluationBatches, open_dataset
 
@@ -51,7 +56,23 @@ def outcome(folder):
     """All of a run that must not depend on interruptions."""
     weights = {name: read(folder / name).as_numpy() for name in ("best", "last")}
     bits = {(name, key): array.tobytes() for name, arrays in weights.items() for key, array in arrays.items()}
-    return bits, (folder / "metrics.jsonl").read_bytes(), (folder / "metrics.csv").read_bytes()
+    files = [(folder / name).read_bytes() for name in ("metrics.jsonl", "metrics.csv")]
+    return bits, files
+
+
+def events(folder):
+    """{(tag, step): value} as TensorBoard shows it: where a run began again, what was there from that step on is dropped."""
+    values = {}
+    for file in sorted((folder / "tensorboard").iterdir()):
+        content, at = file.read_bytes(), 0
+        while at < len(content):
+            (length,) = struct.unpack("<Q", content[at : at + 8])
+            event = Event.FromString(content[at + 12 : at + 12 + length])
+            at += 16 + length
+            if event.session_log.status == SessionLog.START:
+                values = {key: value for key, value in values.items() if key[1] < event.step}
+            values |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -61,35 +82,55 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def killed(folder, generator, *options):
-    """Kill the run at a random moment; None if it came to its end before, else how many bytes it had written."""
+def started(folder, *options, **streams):
     command = [sys.executable, "-m", "mixer_jax", "finetune", *LINE, "--run", str(folder), *options]
-    child = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
-    try:
-        return child.wait(timeout=generator.uniform(2, 7)) and pytest.fail("the run failed")
-    except subprocess.TimeoutExpired:
-        child.kill()
-        return child.wait()
+    return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, **streams)
+
+
+def killed(folder, generator, *options):
+    """Kill a run at a random moment: while a state is written, or after a random number of steps. Whether it was killed."""
+    child = started(folder, *options, stdout=subprocess.DEVNULL)
+    rows, in_a_write = len(metrics(folder)) + generator.randrange(-2, 20), generator.random() < 0.5
+    while child.poll() is None:
+        if half_written(folder) if in_a_write else len(metrics(folder)) >= rows:
+            time.sleep(generator.uniform(0, 0.02))
+            child.kill()
+            break
+    assert child.wait() in (0, -signal.SIGKILL)
+    return child.returncode != 0
+
+
+def metrics(folder):
+    file = folder / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def half_written(folder):
+    return [name for name in os.listdir(folder / "states") if "tmp" in name] if (folder / "states").exists() else []
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.heavy)])
 def test_killed_anywhere_ends_with_the_same_bits(kills, uninterrupted, tmp_path):
-    generator, count, rounds = random.Random(kills), 0, itertools.count()
+    generator, count, writes, rounds = random.Random(kills), 0, 0, itertools.count()
     while count < kills:
         folder = tmp_path / str(next(rounds))
-        while count < kills and killed(folder, generator, "--threads", str(1 + 3 * (count % 2))) == -signal.SIGKILL:
+        while count < kills and killed(folder, generator, "--threads", str(1 + 3 * (count % 2)), "--save-minutes", "0"):
             count += 1
+            writes += bool(half_written(folder))
         process("finetune", *LINE, "--run", folder)
         assert outcome(folder) == outcome(uninterrupted)
+        assert events(folder) == events(uninterrupted)
+    assert writes >= kills // 10  # left a state half written
 
 
-def test_a_signal_saves_before_it_stops(uninterrupted, tmp_path):
-    command = [sys.executable, "-m", "mixer_jax", "finetune", *LINE, "--run", str(tmp_path / "run")]
-    child = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_before_it_stops(number, uninterrupted, tmp_path):
+    child = started(tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout.readline().startswith(b"step 0")
-    child.terminate()
+    child.send_signal(number)
     _, err = child.communicate()
-    assert (child.returncode, b"stopped by a signal, state saved" in err) == (143, True), err
+    assert (child.returncode, b"stopped by a signal, state saved" in err) == (128 + number, True), err
+    assert (tmp_path / "run" / "curves.png").exists()
     steps = [int(name) for name in os.listdir(tmp_path / "run" / "states") if name.isdecimal()]
     assert 0 < max(steps) < 30
     process("finetune", *LINE, "--run", tmp_path / "run", "--resume")
@@ -97,7 +138,7 @@ def test_a_signal_saves_before_it_stops(uninterrupted, tmp_path):
 
 
 def test_the_result_is_a_checkpoint_like_any_other(uninterrupted, tmp_path, capsys):
-    row = json.loads((uninterrupted / "metrics.jsonl").read_text().splitlines()[-1])
+    row = json.loads(metrics(uninterrupted)[-1])
     assert {"best_step", "test_correct", "test_loss"} <= row.keys()
     model, test = mixer_jax.load(uninterrupted / "best"), open_dataset("digits").test
     batches = EvaluationBatches(dataset=test, batch_size=64, image_size=(8, 8), preprocessing=model.preprocessing)
@@ -107,6 +148,20 @@ def test_the_result_is_a_checkpoint_like_any_other(uninterrupted, tmp_path, caps
     write(tmp_path / "best.npz", read(uninterrupted / "best"), layout="google")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "zero.png")
     assert "zero.png" in run(capsys, "predict", tmp_path / "best.npz", tmp_path / "zero.png").out
+
+
+def test_metrics_are_in_every_form(uninterrupted):
+    rows = [json.loads(line) for line in metrics(uninterrupted)]
+    wanted = {(name.replace("_", "/", 1), row["step"]): value for row in rows for name, value in row.items() if name != "step"}
+    assert events(uninterrupted) == {key: np.float32(value) for key, value in wanted.items()}
+    table = list(csv.DictReader((uninterrupted / "metrics.csv").read_text().splitlines()))
+    assert [float(row["loss"]) for row in table[1:]] == [row["loss"] for row in rows if "loss" in row]
+    above, below = draw_curves(rows).axes
+    assert above.lines[0].get_ydata().tolist() == [row["loss"] for row in rows if "loss" in row]
+    assert len(below.lines[0].get_ydata()) == 7
+    assert all((uninterrupted / name).stat().st_size > 5000 for name in ("curves.png", "confusion.png"))
+    assert smoothed(np.array([3.0, 3.0, 3.0])) == pytest.approx([3.0] * 3, rel=1e-14)
+    assert smoothed(np.array([1.0, 2.0]))[1] == pytest.approx((0.98 * 1 + 2) / 1.98, rel=1e-14)
 
 
 def test_finished_runs_only_report(uninterrupted, capsys):
@@ -183,8 +238,32 @@ def test_frozen_weights_head_and_resolution(checkpoint, tmp_path):
         finetune(checkpoint, images, tmp_path / "odd", config=config(image_size=(9, 9)))
 
 
+def test_linear_probing_computes_the_features_of_an_image_once(checkpoint, tmp_path, monkeypatch):
+    images = image_folder(tmp_path / "images")
+    (images / "cat" / "broken.png").write_bytes(b"no image")
+    alike = {"train": "head", "min_area": None, "flip": False, "image_size": None, "validation": 0.3}
+    finetune(checkpoint, images, tmp_path / "each", config=config(**alike))
+    finetune(checkpoint, images, tmp_path / "once", config=config(**alike, cache_features=True, total_steps=6))
+    each, once = ([json.loads(line) for line in metrics(tmp_path / name)] for name in ("each", "once"))
+    assert [row["step"] for row in each] == [row["step"] for row in once]
+    assert each[0] == pytest.approx(once[0], rel=1e-5)
+    values = np.load(tmp_path / "once" / "features" / "train.npy")
+    assert np.isnan(values).all(axis=1).sum() == np.isnan(values).any(axis=1).sum() == 1
+    shutil.rmtree(tmp_path / "once" / "states")
+    monkeypatch.setattr("mixer_jax.training.features.compiled", None)  # not called again
+    finetune(checkpoint, images, tmp_path / "once", config=config(**alike, cache_features=True))
+    assert [json.loads(line) for line in metrics(tmp_path / "once")] == once
+    with pytest.raises(ValueError, match="cache_features must be off unless train is 'head' and nothing varies"):
+        config(cache_features=True, train="head")
+
+
+def test_states_are_saved_by_time_as_well(tmp_path):
+    finetune(None, "digits", tmp_path / "run", config=config(evaluate_every=100), from_scratch=SCRATCH, save_seconds=0)
+    assert sorted(os.listdir(tmp_path / "run" / "states")) == ["5", "6"]
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(tmp_path):
-    with pytest.raises(CheckpointError, match=r"(loss|gradient_norm) is (nan|inf) in step \d: stopped before"):
+    with pytest.raises(CheckpointError, match=r"(loss|gradient_norm) is (nan|inf) (in|after) step \d: stopped before"):
         scratch(tmp_path / "run", base_rate=1e38, evaluate_every=1, warmup_steps=0)
     assert all(np.isfinite(array).all() for array in read(tmp_path / "run" / "last").as_numpy().values())
 
@@ -209,7 +288,7 @@ def test_all_settings_are_options_and_go_through_json():
     settings = FinetuneConfig.of("small")
     assert settings.as_dict().keys() == HELP.keys()
     assert FinetuneConfig.of(**json.loads(json.dumps(settings.as_dict()))) == settings
-    assert {*PRESETS} == {"official", "small"}
+    assert {*PRESETS} == {"official", "linear-probe", "small"}
     assert FinetuneConfig() == FinetuneConfig.of("official")
     with pytest.raises(ValueError, match="no setting called colour"):
         FinetuneConfig.of(colour="red")

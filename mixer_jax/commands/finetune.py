@@ -31,11 +31,13 @@ def finetune(
     reading: ReadOptions | None = None,
     resume: bool = False,
     threads: int | None = None,
+    save_seconds: float = 600,
 ) -> Any:
     """Train on the images of `data`, which `open_dataset` opens, in the folder `run`; returns the `loop.Trainer`, finished.
 
-    The folder gets config.json, metrics.jsonl, metrics.csv, and as Orbax checkpoints that every command takes `best`, by
-    accuracy on the validation images, and `last`; `states` is for going on. Calling it again with the same arguments goes on
+    The folder gets config.json, metrics.jsonl and metrics.csv, the same as TensorBoard's events, curves.png, confusion.png, and
+    as Orbax checkpoints that every command takes `best`, by accuracy on the validation images, and `last`; `states` is for
+    going on, saved at each evaluation and otherwise every `save_seconds`. Calling it again with the same arguments goes on
     where the run stopped, to the same bits. `from_scratch` is a variant with random weights in place of a checkpoint: "S/32",
     or "S/4,num_blocks=2,hidden_dim=128".
 
@@ -61,7 +63,8 @@ def finetune(
     }
     folder = RunFolder(run, settings, resume=resume)
     try:
-        trainer = Trainer(model=model, splits=splits, config=config, folder=folder, threads=threads)
+        options: dict[str, Any] = {"threads": threads, "save_seconds": save_seconds}
+        trainer = Trainer(model=model, splits=splits, config=config, folder=folder, **options)
         trainer.run()
         return trainer
     finally:
@@ -79,6 +82,7 @@ def run(
     reading: ReadOptions,
     resume: bool,
     threads: int | None,
+    save_minutes: float,
 ) -> int:
     """The command `finetune`: print how it went. The exit code: 0, or that of a signal."""
     from ..training.loop import Interrupted
@@ -88,15 +92,17 @@ def run(
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     options: dict[str, Any] = {"from_scratch": from_scratch, "reading": reading, "resume": resume, "threads": threads}
+    options["save_seconds"] = 60 * save_minutes
     try:
         trainer = finetune(checkpoint, data, folder, config=config, **options)
     except Interrupted as stop:
         print(f"{folder}: stopped by a signal, state saved; the same command goes on", file=sys.stderr)
         return 128 + stop.number
-    best, test = trainer.best_row, trainer.test_scores
+    best, test = trainer.best_row, trainer.test_accuracy
     print(f"best: step {best['step']}, {best['validation_correct']} of {best['validation_images']} validation images right")
     if test is not None:
-        print(f"test: {100 * test.accuracy:.2f} % ({test.correct} of {test.images} images), by the weights of that step")
+        interval = f"95 % interval {100 * test.low:.2f} to {100 * test.high:.2f} %"
+        print(f"test: {100 * test.accuracy:.2f} % ({interval}; {test.correct} of {test.images} images), by those weights")
     print(f"{folder / 'best'}: predict, evaluate and convert take it as it is")
     return 0
 

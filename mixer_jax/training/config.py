@@ -14,6 +14,7 @@ from .recipe import Recipe
 
 PRESETS: dict[str, dict[str, Any]] = {  # flat fields, as `FinetuneConfig.of` takes them
     "official": {},
+    "linear-probe": {"train": "head", "cache_features": True, "min_area": None, "flip": False},
     "small": {"batch_size": 64, "base_rate": 0.01, "warmup_steps": 50, "total_steps": 500, "evaluate_every": 50},
 }
 
@@ -27,6 +28,7 @@ HELP = {  # of each field of the config, in the order in which they are shown
     "seed": "seed of the order, the variation of images and the validation part",
     "validation": "fraction of the training images set apart, where the source sets none apart",
     "train": "patterns of the weights to train, such as head,blocks/11/*",
+    "cache_features": "with --train head: compute what the frozen body gives for each image once, and keep it in the run",
     "keep_head": "train the checkpoint's own head, for the classes it has labels for",
     "image_size": "train on images of this size in pixels, by the paper's rule for higher resolution",
     "resample": "allow a size that the rule does not cover, by an approximation",
@@ -58,8 +60,10 @@ class FinetuneConfig:
 
     `batch_size` images a step; `recipe.accumulation` splits them. `validation` is the fraction of the training images set
     apart where the source has no validation part. `image_size` is reached through `Checkpoint.resized`, by the paper's exact
-    rule or with `resample`. `keep_head` trains the checkpoint's own head on its own classes; otherwise it is replaced by zeros.
-    `dtype` is that of the computation. Every `evaluate_every` steps the validation images are evaluated, and the state saved.
+    rule or with `resample`. `cache_features` is linear probing: the head alone learns, from features of images that do not
+    vary, so each is computed once. `keep_head` trains the checkpoint's own head on its own classes; otherwise it is replaced
+    by zeros. `dtype` is that of the computation. Every `evaluate_every` steps the validation images are evaluated, and the
+    state saved.
     """
 
     batch_size: int = 512
@@ -68,6 +72,7 @@ class FinetuneConfig:
     validation: float = 0.1
     image_size: Size | None = None
     resample: bool = False
+    cache_features: bool = False
     keep_head: bool = False
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
@@ -80,6 +85,7 @@ class FinetuneConfig:
         if self.image_size is not None:
             object.__setattr__(self, "image_size", as_size(self.image_size, "image_size"))
         parts = self.recipe.accumulation
+        varied = self.augmentation != Augmentation(min_area=None, flip=False) or self.dropout_rate or self.stochastic_depth_rate
         rules = {
             "batch_size must be a whole number of at least 1": _is_whole(self.batch_size, 1),
             "evaluate_every must be a whole number of at least 1": _is_whole(self.evaluate_every, 1),
@@ -88,6 +94,9 @@ class FinetuneConfig:
             "dropout_rate must be at least 0 and below 1": 0 <= self.dropout_rate < 1,
             "stochastic_depth_rate must be at least 0 and below 1": 0 <= self.stochastic_depth_rate < 1,
             f"dtype must be None or one of {', '.join(WEIGHTS)}": self.dtype in (None, *WEIGHTS),
+            "cache_features must be off unless train is 'head' and nothing varies (min_area none, no flip and so on)": not (
+                self.cache_features and (varied or self.recipe.train != "head")
+            ),
             f"batch_size must be a multiple of the {parts} microbatches": self.batch_size % parts == 0,
         }
         faults = [f"{rule}, not {getattr(self, rule.split()[0])!r}" for rule, holds in rules.items() if not holds]

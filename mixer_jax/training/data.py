@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -185,15 +185,10 @@ class TrainingBatches:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        try:
-            import grain
-        except ModuleNotFoundError:
-            raise ImportError("training needs grain: pip install 'mixer-jax[train]'") from None
         if self.batch_size < 1 or not 0 <= self.seed < 2**32:
             raise ValueError("batch_size must be at least 1 and seed from 0 to 2**32 - 1")
         self.unreadable: dict[str, str] = {}
-        order = grain.MapDataset.range(len(self.dataset)).seed(self.seed).shuffle().repeat(None)
-        self._images = order.random_map(self._drawn)
+        self._images = epochs(len(self.dataset), self.seed).random_map(self._drawn)
 
     def __getitem__(self, step: int) -> Batch:
         first = step * self.batch_size
@@ -285,6 +280,15 @@ class EvaluationBatches:
         except ImageError as error:
             self.unreadable[self.dataset.names[index]] = str(error)
             return None
+
+
+def epochs(count: int, seed: int) -> Any:
+    """The indices of `count` images again and again, each time in another order, as a `grain.MapDataset`."""
+    try:
+        import grain
+    except ModuleNotFoundError:
+        raise ImportError("training needs grain: pip install 'mixer-jax[train]'") from None
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat(None)
 
 
 def _zeros(dataset: Dataset, size: int, image_size: Size) -> Batch:

@@ -1,15 +1,17 @@
 """The run of a fine-tuning: steps, evaluations, states, and the same bits whether it was interrupted or not."""
 
-__all__ = ["Interrupted", "Scores", "Trainer"]
+__all__ = ["Interrupted", "Trainer"]
 
 import contextlib
 import math
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +21,18 @@ from tqdm import tqdm
 
 from convert import CheckpointError
 
+from ..evaluation import Accuracy, Evaluation, best_classes
 from ..model import MlpMixer
 from ..pretrained import load, save
 from .config import FinetuneConfig
-from .data import Dataset, EvaluationBatches, Splits, TrainingBatches
+from .data import EvaluationBatches, Splits, TrainingBatches
+from .features import FeatureBatches, Features, FeaturesInOrder
 from .freezing import named_weights
 from .run_folder import RunFolder
 from .states import States
 from .step import TrainState, initial_state, make_train_step, with_weights
 
-STATES, BEST, LAST = "states", "best", "last"
+STATES, BEST, LAST, FEATURES = "states", "best", "last", "features"
 
 
 class Interrupted(Exception):
@@ -39,25 +43,13 @@ class Interrupted(Exception):
         self.number = number
 
 
-@dataclass(frozen=True)
-class Scores:
-    """How many of the images that could be read are right, and the mean of their loss (softmax cross-entropy)."""
-
-    correct: int
-    images: int
-    loss: float
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.images
-
-
 @dataclass(eq=False, kw_only=True)
 class Trainer:
-    """A run of a config on a model and images, in a folder. `run` returns the scores on the test images, None without any.
+    """A run of a config on a model and images, in a folder. `run` returns the accuracy on the test images, None without any.
 
     At step k: train, evaluate, write the weights, and last of all the state. So a process that is killed anywhere goes on from
-    a state whose rows and weights are all there, and does what comes after it again, to the same bits.
+    a state whose rows and weights are all there, and does what comes after it again, to the same bits. A state is saved at
+    each evaluation, and where these are further apart every `save_seconds`.
     """
 
     model: MlpMixer
@@ -65,8 +57,13 @@ class Trainer:
     config: FinetuneConfig
     folder: RunFolder
     threads: int | None = None
+    save_seconds: float = 600
 
-    def run(self) -> Scores | None:
+    def __post_init__(self) -> None:
+        self._unreadable: dict[str, str] = {}
+        self._saved_at = time.monotonic()
+
+    def run(self) -> Accuracy | None:
         """Train to the end, from the newest state in the folder if there is one.
 
         Raises CheckpointError where the loss or the norm of the gradient is not finite, and where a file cannot be written;
@@ -78,7 +75,7 @@ class Trainer:
                 state = self._started(states)
                 if self._last_row is None:
                     self._train(state, states, stopping)
-            return self.test_scores
+            return self.test_accuracy
         finally:
             states.close()
 
@@ -89,10 +86,10 @@ class Trainer:
         return min(evaluations, key=lambda row: (-row["validation_correct"], row["validation_loss"], row["step"]))
 
     @property
-    def test_scores(self) -> Scores | None:
-        """Those of the best weights; None before the end, and where no images are set apart for the test."""
+    def test_accuracy(self) -> Accuracy | None:
+        """That of the best weights; None before the end, and where no images are set apart for the test."""
         row = self._last_row
-        return Scores(row["test_correct"], row["test_images"], row["test_loss"]) if row and "test_loss" in row else None
+        return Accuracy.of(row["test_correct"], row["test_images"]) if row and "test_loss" in row else None
 
     @property
     def _last_row(self) -> dict[str, Any] | None:
@@ -110,61 +107,37 @@ class Trainer:
 
     def _train(self, state: TrainState, states: States, stopping: "_Stopping") -> None:
         recipe = self.config.recipe
-        step = jax.jit(make_train_step(self.model, recipe), donate_argnums=0)
+        train_step = make_train_step(self.model, recipe, from_features=self.config.cache_features)
+        step = jax.jit(train_step, donate_argnums=0)
         key, first = jax.random.key(self.config.seed), int(state.step)
         total = recipe.total_steps or first
-        before: tuple[int, dict[str, jax.Array]] | None = None
+        computing: deque[tuple[int, dict[str, jax.Array]]] = deque()
         with contextlib.ExitStack() as stack:
             batches = stack.enter_context(contextlib.closing(self._batches.starting_at(first)))
             bar = stack.enter_context(tqdm(total=total, initial=first, desc="training", unit="step", disable=None))
             for k in range(first + 1, total + 1):
                 batch = next(batches)
                 state, metrics = step(state, batch.images, batch.labels, key)
-                if before is not None:
-                    self._note(before, bar)
-                before = k, metrics
-                due = k % self.config.evaluate_every == 0 or k == total
-                if due or stopping.signal:
-                    self._note(before, bar)
-                    before = None
-                if due:
+                computing.append((k, metrics))
+                evaluating = k % self.config.evaluate_every == 0 or k == total
+                saving = evaluating or stopping.signal or time.monotonic() - self._saved_at > self.save_seconds
+                while len(computing) > (0 if saving else 1):
+                    self._note(*computing.popleft(), bar)
+                if evaluating:
                     self._evaluate(state, states)
-                if stopping.signal:
+                elif saving:
                     self._save(state, states)
+                if stopping.signal:
+                    self.folder.draw()
                     states.finish()
                     raise Interrupted(stopping.signal)
-        for name, error in sorted(self._batches.unreadable.items()):
-            tqdm.write(f"not used: {name}: {error}")
         self._end(states)
 
-    @cached_property
-    def _batches(self) -> TrainingBatches:
-        return TrainingBatches(
-            dataset=self.splits.train,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            augmentation=self.config.augmentation,
-            threads=self.threads,
-            **self._images,
-        )
-
-    @cached_property
-    def _logits(self) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
-        return jax.jit(lambda weights, images: with_weights(self.model, weights)(images))
-
-    @property
-    def _images(self) -> dict[str, Any]:
-        return {"image_size": self.model.config.image_size, "preprocessing": self.model.preprocessing}
-
-    def _note(self, before: tuple[int, dict[str, jax.Array]], bar: Any) -> None:
+    def _note(self, k: int, metrics: dict[str, jax.Array], bar: Any) -> None:
         """Add a step's metrics, or stop at once where they are not finite."""
-        k, metrics = before
         values = {name: float(metrics[name]) for name in ("loss", "gradient_norm", "rate")}
         if wrong := [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]:
-            raise CheckpointError(
-                f"{self.folder.path}: {wrong[0]} is {values[wrong[0]]} in step {k}: stopped before anything of it was saved. "
-                "Try a lower base_rate, or float32, in a new folder; the weights before it are in last/ and best/"
-            )
+            self._stop(f"{wrong[0]} is {values[wrong[0]]} in step {k}")
         self.folder.add({"step": k} | values)
         bar.update()
         if not bar.disable:
@@ -172,19 +145,30 @@ class Trainer:
             bar.set_postfix_str(f"loss {values['loss']:.3f}, rate {values['rate']:.1e}, {speed:.0f} images/s", refresh=False)
 
     def _evaluate(self, state: TrainState, states: States) -> None:
-        """Score the validation images; keep the weights if they are the best, and save."""
-        scores, k = self.scores(state.averaged, self.splits.validation), int(state.step)
-        row = {"step": k} | {f"validation_{name}": value for name, value in vars(scores).items()}
-        self.folder.add(row)
+        """Score the validation images; keep the weights, and those of the best row; save."""
+        evaluation, loss = self.evaluated(state.averaged, "validation")
+        k, accuracy = int(state.step), evaluation.top1
+        if not math.isfinite(loss):
+            self._stop(f"the validation loss is {loss} after step {k}")
+        self.folder.add({"step": k} | _row("validation", accuracy, loss))
         if self.best_row["step"] == k:
             self._write(state, BEST)
-        tqdm.write(f"step {k:<6} {100 * scores.accuracy:6.2f} % of {scores.images} validation images, loss {scores.loss:.4f}")
+        self._write(state, LAST)
+        tqdm.write(f"step {k:<6} {100 * accuracy.accuracy:6.2f} % of {accuracy.images} validation images, loss {loss:.4f}")
         self._save(state, states)
 
+    def _stop(self, fault: str) -> NoReturn:
+        self.folder.draw()
+        raise CheckpointError(
+            f"{self.folder.path}: {fault}: stopped before anything of it was saved. Try a lower base_rate, or float32, in a "
+            "new folder; the weights before it are in last/ and best/"
+        )
+
     def _save(self, state: TrainState, states: States) -> None:
-        self._write(state, LAST)
         self.folder.write_table()
+        self.folder.flush()
         states.save(state)
+        self._saved_at = time.monotonic()
 
     def _write(self, state: TrainState, name: str) -> None:
         save(with_weights(self.model, state.averaged), self.folder.path / name, force=True)
@@ -193,28 +177,70 @@ class Trainer:
         """Score the best weights on the test images, once."""
         states.finish()
         row: dict[str, Any] = {"step": self.config.recipe.total_steps, "best_step": self.best_row["step"]}
+        best = named_weights(load(self.folder.path / BEST))
+        evaluation, loss = self.evaluated(best, "validation" if self.splits.test is None else "test")
         if self.splits.test is not None:
-            best = named_weights(load(self.folder.path / BEST))
-            row |= {f"test_{name}": value for name, value in vars(self.scores(best, self.splits.test)).items()}
+            row |= _row("test", evaluation.top1, loss)
+        self.folder.draw(evaluation)
         self.folder.add(row)
         self.folder.write_table()
+        unreadable = self._unreadable | self._batches.unreadable
+        for name, error in sorted(unreadable.items()):
+            tqdm.write(f"not used: {name}: {error}")
 
-    def scores(self, weights: dict[str, Any], dataset: Dataset) -> Scores:
-        """The scores of weights on a dataset, by the prepared images that `evaluate` sees."""
-        size = self.config.batch_size // self.config.recipe.accumulation
-        batches = EvaluationBatches(dataset=dataset, batch_size=size, threads=self.threads, **self._images)
-        correct = images = 0
-        loss = 0.0
+    def evaluated(self, weights: dict[str, Any], part: str) -> tuple[Evaluation, float]:
+        """What weights get right of a part of the images, as `evaluate` sees them; and the mean softmax cross-entropy."""
+        labels, logits, batches = [], [], self._in_order(part)
         for batch in batches:
-            logits = np.asarray(self._logits(weights, jnp.asarray(batch.images)), np.float64)
             used = batch.weights > 0
-            logits, labels = logits[used], batch.labels[used]
-            loss += float((logsumexp(logits, axis=1) - logits[np.arange(len(labels)), labels]).sum())
-            correct, images = correct + int((logits.argmax(axis=1) == labels).sum()), images + len(labels)
-        if not images:
-            name, error = next(iter(sorted(batches.unreadable.items())), ("no image", "the part is empty"))
-            raise CheckpointError(f"none of the images to evaluate can be used, such as {name}: {error}")
-        return Scores(correct, images, loss / images)
+            labels.append(batch.labels[used])
+            logits.append(np.asarray(self._logits(weights, jnp.asarray(batch.images)), np.float64)[used])
+        self._unreadable |= batches.unreadable
+        true, outputs = np.concatenate(labels), np.concatenate(logits)
+        if not len(true):
+            name, error = next(iter(sorted(batches.unreadable.items())))
+            raise CheckpointError(f"none of the {part} images can be used, such as {name}: {error}")
+        loss = float((logsumexp(outputs, axis=1) - outputs[np.arange(len(true)), true]).mean())
+        names, preprocessing = self.splits.train.classes, str(self.model.preprocessing)
+        return Evaluation(names, preprocessing, "label", true, best_classes(outputs), batches.unreadable), loss
+
+    @cached_property
+    def _logits(self) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
+        def logits(weights: dict[str, Any], images: jax.Array) -> jax.Array:
+            model = with_weights(self.model, weights)
+            return model.head(images) if self.config.cache_features else model(images)  # type: ignore[misc]
+
+        return jax.jit(logits)
+
+    @cached_property
+    def _batches(self) -> TrainingBatches | FeatureBatches:
+        size, seed = self.config.batch_size, self.config.seed
+        if self.config.cache_features:
+            return FeatureBatches(features=self._features("train"), batch_size=size, seed=seed)
+        options = self._images | {"augmentation": self.config.augmentation, "batch_size": size, "seed": seed}
+        return TrainingBatches(dataset=self.splits.train, **options)
+
+    def _in_order(self, part: str) -> EvaluationBatches | FeaturesInOrder:
+        if self.config.cache_features:
+            return FeaturesInOrder(features=self._features(part), batch_size=self.config.batch_size)
+        return EvaluationBatches(dataset=getattr(self.splits, part), **self._images)
+
+    def _features(self, part: str) -> Features:
+        file = self.folder.path / FEATURES / f"{part}.npy"
+        return Features.cached(file, self.model, getattr(self.splits, part), **self._images)
+
+    @property
+    def _images(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.config.batch_size // self.config.recipe.accumulation,
+            "image_size": self.model.config.image_size,
+            "preprocessing": self.model.preprocessing,
+            "threads": self.threads,
+        }
+
+
+def _row(part: str, accuracy: Accuracy, loss: float) -> dict[str, Any]:
+    return {f"{part}_correct": accuracy.correct, f"{part}_images": accuracy.images, f"{part}_loss": loss}
 
 
 @dataclass

@@ -15,10 +15,15 @@ from filelock import FileLock, Timeout
 from convert import CheckpointError
 from convert.atomic import atomic_write
 
+from ..evaluation import Evaluation
+from ..pictures.confusion import draw_confusion
+from ..pictures.curves import draw_curves
+from ..pictures.files import save
 from .config import differences
 
 KIND = "mixer_jax fine-tuning run, version 1"
-CONFIG, METRICS, TABLE = "config.json", "metrics.jsonl", "metrics.csv"
+CONFIG, METRICS, TABLE, EVENTS = "config.json", "metrics.jsonl", "metrics.csv", "tensorboard"
+CURVES, CONFUSION = "curves.png", "confusion.png"
 Row = dict[str, Any]
 
 
@@ -47,6 +52,7 @@ class RunFolder:
         except Timeout:
             raise CheckpointError(f"{self.path}: another process is training in this folder") from None
         self.rows: list[Row] = []
+        self._events: Any = None
         wanted = json.loads(json.dumps({"kind": KIND, **settings}))
         try:
             if found:
@@ -76,16 +82,28 @@ class RunFolder:
 
     def keep_until(self, step: int | None) -> None:
         """Take up the metrics of a run that goes on after `step` (None: from the start), and drop those after it."""
+        try:
+            from tensorboardX import SummaryWriter
+        except ModuleNotFoundError:
+            raise ImportError("training needs tensorboardX: pip install 'mixer-jax[train]'") from None
         file = self.path / METRICS
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         self.rows = [row for row in map(json.loads, lines) if step is not None and row["step"] <= step]
         _write(file, "".join(map(_line, self.rows)))
+        self._events = SummaryWriter(str(self.path / EVENTS), purge_step=0 if step is None else step + 1)
 
     def add(self, row: Row) -> None:
         """Append a row of metrics."""
         self.rows.append(row)
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(_line(row))
+        for name, value in row.items():
+            if name != "step":
+                self._events.add_scalar(name.replace("_", "/", 1), value, row["step"])
+
+    def flush(self) -> None:
+        """Hand all events to the file system: before a state is saved, since none before it is written again."""
+        self._events.flush()
 
     def write_table(self) -> None:
         """All metrics as one CSV table, a row a step."""
@@ -99,7 +117,15 @@ class RunFolder:
         table.writerows(by_step[step] for step in sorted(by_step))
         _write(self.path / TABLE, text.getvalue())
 
+    def draw(self, confusion: Evaluation | None = None) -> None:
+        """The curves of all metrics, and which classes were taken for which."""
+        save(draw_curves(self.rows, title=self.path.name), self.path / CURVES, force=True)
+        if confusion is not None:
+            save(draw_confusion(confusion, title=self.path.name), self.path / CONFUSION, force=True)
+
     def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
         self._lock.release()
 
 

@@ -54,7 +54,7 @@ def initial_state(model: MlpMixer, recipe: Recipe) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, {} if recipe.ema_decay is None else ema)
 
 
-def make_train_step(model: MlpMixer, recipe: Recipe) -> TrainStep:
+def make_train_step(model: MlpMixer, recipe: Recipe, *, from_features: bool = False) -> TrainStep:
     """`train_step(state, images, labels, key, masks=None) -> (state, metrics)`; compile it by `jax.jit(..., donate_argnums=0)`.
 
     Images are (b, h, w, channels), labels (b,) integers or (b, classes) probabilities. Dropout and stochastic depth take
@@ -62,22 +62,29 @@ def make_train_step(model: MlpMixer, recipe: Recipe) -> TrainStep:
     k of n takes the images k, k + n, k + 2n, ... of the batch. Metrics are "loss", "gradient_norm" (of what is trained, before
     the clip) and "rate". A label that is no class of the model's makes the loss NaN.
 
+    With `from_features` the images are the head's inputs instead, (b, hidden), as `model.features` gives them; then the head
+    alone can be trained.
+
     The model's weights are not used, its rates, dtypes and `remat` are. Arrays of which nothing is trained get no gradient;
     with `model.unstacked()`, whose blocks have arrays of their own, neither does a frozen block.
 
-    Raises ValueError for a model without a head, for a pattern of `recipe.train` that matches nothing, and, when it is
-    called, for labels of another shape and for a batch that `accumulation` does not divide.
+    Raises ValueError for a model without a head, for a pattern of `recipe.train` that matches nothing or, with
+    `from_features`, more than the head; and, when it is called, for labels of another shape and for a batch that
+    `accumulation` does not divide.
     """
     if model.head is None:
         raise ValueError("a model without a head cannot be trained on labels: load it with num_classes=N")
     in_training = nnx.clone(model)
     in_training.train()
     names, tx, rate = _trained(model, recipe), transformation(recipe, model.config.num_blocks), schedule(recipe)
+    if from_features and (body := [name for name in names if not name.startswith("head/")]):
+        raise ValueError(f"from features the head alone can be trained, not {body[0]}: train='head'")
 
     def loss(trained: Weights, frozen: Weights, batch: tuple[Array, Array, Weights], key: Array) -> Array:
         images, labels, masks = batch
         by_name = (lambda name, shape, keep_rate: masks[name]) if masks else None
-        logits = _merged(in_training, frozen | trained)(images, rngs=key, masks=by_name)
+        merged = _merged(in_training, frozen | trained)
+        logits = merged.head(images) if from_features else merged(images, rngs=key, masks=by_name)  # type: ignore[misc]
         return loss_of(recipe, logits, labels)
 
     def train_step(
