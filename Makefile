@@ -8,7 +8,7 @@ PEERS := .venv-peers/bin
 PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 WITH_H100 = $(if $(wildcard $(H100)/python),--h100-python $(H100)/python)
 
-.PHONY: demo test test-heavy test-latest test-h100 parity-devices verify bench bench-quick bench-ahead-of-time picture lint format clean
+.PHONY: demo test test-heavy test-latest test-h100 parity-devices verify finetune-cifar10 bench bench-quick bench-ahead-of-time picture lint format clean
 
 demo: .venv/installed  ## train on digits, convert, compare; WEIGHTS=Mixer-B_16.npz starts from a released file
 	$(BIN)/python -m mixer_jax demo $(WEIGHTS)
@@ -32,6 +32,11 @@ verify: $(if $(WEIGHTS),.venv/installed)  ## fingerprint and parity of WEIGHTS=M
 	$(if $(WEIGHTS),,$(error usage: make verify WEIGHTS=Mixer-B_16.npz))
 	$(BIN)/python -m convert inspect $(WEIGHTS)
 	$(BIN)/python -m mixer_jax parity $(WEIGHTS) --explain --html verify.html --force
+
+finetune-cifar10: .venv/installed  ## the official fine-tuning of WEIGHTS=Mixer-B_16.npz on DATA=cifar-10-batches-bin, to 96.72 %
+	$(if $(and $(WEIGHTS),$(DATA)),,$(error usage: make finetune-cifar10 WEIGHTS=Mixer-B_16.npz DATA=cifar-10-batches-bin))
+	$(BIN)/python -m mixer_jax finetune $(WEIGHTS) $(DATA) --run finetune-cifar10 --preset official --validation 0.02 \
+		--accumulation 8 --momentum-dtype bfloat16 $(OPTIONS)
 
 bench: .venv/installed .venv-peers/installed  ## measure everything beside its peers, and draw the chart; about an hour
 	$(BIN)/python benchmarks/run.py

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from conftest import random_weights
 from filelock import FileLock
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from test_training_data import cifar
 
 import mixer_jax
 from convert import Checkpoint, CheckpointError, MixerConfig, read, write
@@ -27,6 +29,7 @@ from mixer_jax.pictures.curves import draw_curves, smoothed
 from mixer_jax.training.config import HELP, PRESETS, FinetuneConfig
 from mixer_jax.training.data import EvaluationBatches, open_dataset
 
+ROOT = Path(__file__).parent.parent
 SCRATCH = "S/4,num_blocks=2,hidden_dim=16,tokens_mlp_dim=8,channels_mlp_dim=24"
 SHORT = {"total_steps": 6, "warmup_steps": 2, "evaluate_every": 2, "batch_size": 8, "image_size": (8, 8)}
 LINE = ["digits", "--from-scratch", SCRATCH, "--image-size", "8", "--total-steps", "30", "--warmup-steps", "3"]
@@ -255,6 +258,21 @@ def test_linear_probing_computes_the_features_of_an_image_once(checkpoint, tmp_p
     assert [json.loads(line) for line in metrics(tmp_path / "once")] == once
     with pytest.raises(ValueError, match="cache_features must be off unless train is 'head' and nothing varies"):
         config(cache_features=True, train="head")
+
+
+def test_the_official_fine_tuning_is_one_command(checkpoint, tmp_path):
+    """Dry: on a small checkpoint and CIFAR's files with noise in them."""
+    cifar(tmp_path / "cifar")
+    options = f"--run {tmp_path / 'run'} --batch-size 16 --warmup-steps 1 --total-steps 2 --evaluate-every 1 --validation 0.2"
+    given = [f"BIN={Path(sys.executable).parent}", f"WEIGHTS={checkpoint}", f"DATA={tmp_path / 'cifar'}", f"OPTIONS={options}"]
+    command = ["make", "-C", ROOT, "--assume-old", ".venv/installed", "finetune-cifar10"]
+    done = subprocess.run([*command, *given], capture_output=True, text=True, check=False)
+    assert (done.returncode, "of 40 images" in done.stdout) == (0, True), done.stderr
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    official = {"base_rate": 0.03, "clip_norm": 1.0, "accumulation": 8, "momentum_dtype": "bfloat16", "min_area": 0.05}
+    assert official.items() <= settings.items()
+    usage = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "usage: make finetune-cifar10 WEIGHTS=" in usage.stderr
 
 
 def test_states_are_saved_by_time_as_well(tmp_path):
