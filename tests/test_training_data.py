@@ -462,6 +462,7 @@ def test_operations_of_randaugment_keep_the_shape_and_change_the_image(name, cha
         "Brightness": lambda level: (pixels * (0.1 + 1.8 * level)).clip(0, 255).astype(np.uint8),
         "translate_x": lambda level: moved(round(level * 40 * 100 / 224)),
     }
+    assert np.asarray(_operation(image.copy(), name, 0.0, 1, rng)).reshape(pixels.shape).dtype == np.uint8
     for level in (0.4, 1.5, 3.0):
         result = np.asarray(_operation(image.copy(), name, level, 1, rng)).reshape(pixels.shape)
         assert result.dtype == np.uint8

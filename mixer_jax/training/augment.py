@@ -132,7 +132,7 @@ def _operation(image: "Image", name: str, level: float, sign: int, rng: np.rando
         case "rotate":
             return image.rotate(sign * 30 * level, fillcolor=grey)
         case "posterize":
-            return ImageOps.posterize(image, min(int(4 * level), 8))
+            return ImageOps.posterize(image, min(max(int(4 * level), 1), 8))
         case "solarize":
             return ImageOps.solarize(image, int(256 * level))
         case "solarize_add":
