@@ -5,9 +5,10 @@ import difflib
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable
-from typing import get_args
+from typing import Any, get_args
 
 from .config import Gelu, Size, variant_sizes
 from .dtypes import WEIGHTS, weights_dtype
@@ -22,6 +23,7 @@ def run_guarded(command: Callable[[], object]) -> int:
     A fault of the program itself keeps its traceback.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
+    sys.excepthook = _of_main_thread(sys.excepthook)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
@@ -38,6 +40,16 @@ def run_guarded(command: Callable[[], object]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _of_main_thread(hook: Callable[..., object]) -> Callable[..., None]:
+    """A hook for the main thread's exceptions alone. In others only TensorStore calls it, after a failure that Orbax raises."""
+
+    def called(*exception: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            hook(*exception)
+
+    return called
 
 
 def require_verb(parser: argparse.ArgumentParser, argv: list[str], verbs: Collection[str], known: str) -> None:
@@ -58,7 +70,7 @@ def refuse_ignored(arguments: argparse.Namespace, options: Iterable[str], why: s
         arguments.usage(f"{', '.join(given)}: {why}")
 
 
-def add_reading_options(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+def add_reading_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, without: Collection[str] = ()) -> None:
     """The options of ReadOptions, for every command that reads a checkpoint; `without` those that mean something else there."""
     parser.set_defaults(**dict.fromkeys(without))
     if "image_size" not in without:

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING
 from convert import __version__, read
 from convert.cli import (
     add_reading_options,
-    dtype,
     preprocessing,
     reading_options,
     refuse_ignored,
     require_verb,
     run_guarded,
-    size,
     whole_number,
 )
 
@@ -30,21 +28,16 @@ if TYPE_CHECKING:
 Subparsers = argparse._SubParsersAction  # which argparse gives no public name
 VERBS = ("summary", "demo", "predict", "evaluate", "finetune", "parity", "draw")
 
-NONE = "none"  # the text of an option that turns something off
-OPTIONAL: dict[str, Callable[[str], object]] = {
-    "image_size": size,
-    "dtype": dtype,
-    "momentum_dtype": dtype,
-    "randaugment": float,
-    "ema_decay": float,
-}
-
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     require_verb(parser, argv, VERBS, ", ".join(VERBS))
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "finetune" and arguments.checkpoint is None and len(rest) == 1 and not rest[0].startswith("-"):
+        arguments.checkpoint, arguments.data = arguments.data, rest.pop()  # options stood between the two
+    if rest:
+        arguments.usage(f"unrecognized arguments: {' '.join(rest)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     return run_guarded(lambda: arguments.run(arguments))
@@ -94,15 +87,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def finetune(arguments: argparse.Namespace) -> None:
+    from .commands.config_options import config_changes
     from .commands.finetune import run
-    from .training.config import HELP
 
-    given = {name: getattr(arguments, f"config_{name}") for name in HELP}
-    changes = {name: None if value == NONE else value for name, value in given.items() if value is not None}
+    if (arguments.checkpoint is None) == (arguments.from_scratch is None):
+        arguments.usage("give CHECKPOINT and DATA, or DATA and --from-scratch")
     options = {name: getattr(arguments, name) for name in ("from_scratch", "resume", "threads", "save_minutes", "preset")}
-    code = run(
-        arguments.checkpoint, arguments.data, arguments.run_folder, changes, reading=reading_options(arguments), **options
-    )
+    what = arguments.checkpoint, arguments.data, arguments.run_folder, config_changes(vars(arguments))
+    code = run(*what, reading=reading_options(arguments), **options)
     if code:
         sys.exit(code)
 
@@ -219,43 +211,27 @@ def _add_evaluate(commands: Subparsers) -> None:
 
 
 def _add_finetune(commands: Subparsers) -> None:
-    from .training.config import HELP, PRESETS, FinetuneConfig
+    from .commands.config_options import add_config_options
+    from .training.config import PRESETS
 
     example = "finetune Mixer-B_16.npz pets/ --run pets-run --preset small"
     command = _command(commands, finetune, "train on one's own images; the same command again goes on", example=example)
+    command.usage = "python -m mixer_jax finetune [CHECKPOINT] DATA --run FOLDER [options]"
     command.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint to begin with")
-    data = (
-        "a folder of class folders, or of train/, val/ and test/; a table of path and label; CIFAR's or MNIST's files; digits"
-    )
+    data = "a folder of class folders, or of train/, val/ and test/; a table of path and label; files of CIFAR or MNIST; digits"
     command.add_argument("data", metavar="DATA", help=data)
-    command.add_argument("--run", dest="run_folder", required=True, type=Path, metavar="FOLDER", help="folder of the run")
+    groups = add_config_options(command)
+    run, images, model = (groups[name].add_argument for name in ("run", "data and images", "model"))
+    run("--run", dest="run_folder", required=True, type=Path, metavar="FOLDER", help="folder of the run")
+    run("--resume", action="store_true", help="go on with the run in FOLDER; an error if there is none")
+    run("--preset", choices=PRESETS, default="official", help="other defaults; those below are official's (default: official)")
+    images("--threads", type=whole_number(1), metavar="N", help="image-decoding threads (default: one per core)")
     scratch = "begin with random weights instead of a checkpoint; S/4,num_blocks=2,hidden_dim=64 changes sizes"
-    command.add_argument("--from-scratch", metavar="S/32", help=scratch)
-    command.add_argument("--resume", action="store_true", help="go on with the run in FOLDER; an error if there is none")
-    command.add_argument("--preset", choices=PRESETS, default="official", help="values of all that follow (default: official)")
-    command.add_argument("--threads", type=whole_number(1), metavar="N", help="image-decoding threads (default: one per core)")
     usual = "minutes from one saved state to the next, where evaluations are further apart (default: 10)"
-    command.add_argument("--save-minutes", type=float, default=10, metavar="N", help=usual)
-    add_reading_options(command, without=("image_size", "dtype"))  # these are the run's
-    defaults = FinetuneConfig().as_dict()
-    for name, text in HELP.items():
-        option, kind = f"--{name.replace('_', '-')}", type(defaults[name])
-        shown = f"{text} (default: {defaults[name]})" if defaults[name] is not None else text
-        if kind is bool:
-            command.add_argument(option, dest=f"config_{name}", action=argparse.BooleanOptionalAction, help=shown)
-        else:
-            parse: Callable[[str], object] = OPTIONAL.get(name, kind)
-            command.add_argument(option, dest=f"config_{name}", type=_or_none(parse), metavar="X", help=shown)
-
-
-def _or_none(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """An argument that may be "none" as well."""
-
-    def parsed(text: str) -> object:
-        return NONE if text == NONE else parse(text)
-
-    parsed.__name__ = getattr(parse, "__name__", "value")  # which argparse shows in its message
-    return parsed
+    run("--save-minutes", type=float, default=10, metavar="N", help=usual)
+    model("--from-scratch", metavar="S/32", help=scratch)
+    reading = command.add_argument_group("reading the checkpoint")
+    add_reading_options(reading, without=("image_size", "dtype"))  # these are the run's
 
 
 def _add_parity(commands: Subparsers) -> None:
