@@ -164,7 +164,8 @@ def test_every_verb_is_a_python_function(folder, released):
     scope: dict = {"model": mixer_jax.load("Mixer-B_16.npz"), "checkpoint": convert.read("Mixer-B_16.npz")}
     _make_pets(folder)
     scope["config"] = FinetuneConfig.of("small", batch_size=4, warmup_steps=1, total_steps=2)
-    modules = "convert.download, " + ", ".join(f"mixer_jax.commands.{name}" for name in ("demo", "draw", "finetune", "parity"))
+    modules = "convert.download, mixer_jax.pictures.weights, "
+    modules += ", ".join(f"mixer_jax.commands.{name}" for name in ("demo", "finetune", "parity"))
     exec(f"from pathlib import Path; import {modules}", scope)
     results = {verb: eval(python, scope) for _, verb, python in rows}
     assert len(results["predict"][0].top) == 3
