@@ -33,11 +33,12 @@ verify: $(if $(WEIGHTS),.venv/installed)  ## fingerprint and parity of WEIGHTS=M
 	$(BIN)/python -m convert inspect $(WEIGHTS)
 	$(BIN)/python -m mixer_jax parity $(WEIGHTS) --explain --html verify.html --force
 
-bench: .venv/installed .venv-peers/installed  ## measure everything beside its peers, and draw the chart; about an hour
+bench: .venv/installed .venv-peers/installed  ## measure everything beside its peers, and draw the chart; about two hours
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/conversion.py --json benchmarks/results/conversion.json
 	$(BIN)/python benchmarks/predict.py --json benchmarks/results/predict.json
 	$(BIN)/python benchmarks/ahead_of_time.py --json benchmarks/results/ahead_of_time.json $(WITH_H100)
+	$(BIN)/python benchmarks/learn.py
 	$(BIN)/python benchmarks/chart.py
 
 bench-quick: .venv/installed  ## check on a small model that all implementations agree

@@ -50,7 +50,8 @@ CONFIGS: dict[str, Row] = {  # fields of FinetuneConfig
     "fashion": FASHION | {"base_rate": 3e-3, "warmup_steps": 200, "total_steps": 3500, "evaluate_every": 500, "min_area": 0.7},
     "pretraining": FASHION | {"base_rate": 3e-3, "warmup_steps": 100, "total_steps": 1000, "evaluate_every": 500},
     "tuning": FASHION | {"batch_size": 64, "warmup_steps": 50, "total_steps": 300, "evaluate_every": 300, "validation": 0.2},
-    "digits": DIGITS | {"base_rate": 3e-3, "warmup_steps": 100, "total_steps": 800, "evaluate_every": 400, "image_size": (8, 8)},
+    "digits": DIGITS
+    | {"base_rate": 3e-3, "warmup_steps": 100, "total_steps": 800, "evaluate_every": 400, "image_size": (8, 8)},
     "resolution": DIGITS | {"base_rate": 1e-3, "warmup_steps": 20, "total_steps": 200, "evaluate_every": 200},
 }
 RATES = {"fine-tuned": dict.fromkeys(PER_CLASS, 1e-3), "from scratch": dict.fromkeys(PER_CLASS, 3e-3)}
@@ -80,10 +81,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, and how long it took from the call of `finetune` to its return."""
+    """A finished run, and the time and CPU time of its call of `finetune`."""
 
     trainer: Trainer
     seconds: float
+    cpu_s: float
 
     @property
     def best(self) -> Path:
@@ -98,15 +100,15 @@ class Run:
         best, keys = self.trainer.best_row, ("validation_correct", "validation_images")
         parameters = self.trainer.model.config.num_parameters
         figures = {"best_step": best["step"]} | {key: best[key] for key in keys} | vars(self.scores)
-        return figures | {"parameters": parameters, "seconds": self.seconds}
+        return figures | {"parameters": parameters, "seconds": self.seconds, "cpu_s": self.cpu_s}
 
 
 def trained(settings: Settings, name: str, data: str | Path, config: FinetuneConfig, start: str | Path) -> Run:
     """A run in a folder of this name, from a checkpoint, or where `start` is a variant from scratch."""
     how: Row = {"from_scratch": start} if isinstance(start, str) else {}
-    started = time.perf_counter()
+    cpu, started = time.process_time(), time.perf_counter()
     trainer = finetune(None if how else start, data, settings.folder / name, config=config, **how)
-    return Run(trainer, time.perf_counter() - started)
+    return Run(trainer, time.perf_counter() - started, time.process_time() - cpu)
 
 
 def with_interval(row: Row) -> Row:
@@ -115,10 +117,10 @@ def with_interval(row: Row) -> Row:
     return row | {"accuracy": row["correct"] / row["images"], "interval": [interval.low, interval.high]}
 
 
-def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half the length of its interval."""
+def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
+    """The mean, and half the length of its interval, None for one value."""
     if len(values) < 2:
-        return values[0], math.nan
+        return values[0], None
     return statistics.mean(values), stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
@@ -157,9 +159,9 @@ def timm(folder: Path, ours: Trainer) -> Row:
     job, images = folder / "timm.json", folder / "timm.npz"
     settings = ours.config.as_dict() | {"threads": cores()}
     job.write_text(json.dumps({"settings": settings, "sizes": asdict(ours.model.config)}))
-    parts = {name: part for name, part in vars(ours.splits).items()}
-    arrays = {name: part.pixels for name, part in parts.items()}
-    np.savez(images, **arrays, **{f"{name}_labels": part.labels for name, part in parts.items()})
+    parts = vars(ours.splits)
+    labels = {f"{name}_labels": part.labels for name, part in parts.items()}
+    np.savez(images, **{name: part.pixels for name, part in parts.items()}, **labels)
     command = [PYTHONS["peers"], HERE / "learn_timm.py", job, images]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment())
     return json.loads(process.stdout.splitlines()[-1])
@@ -171,19 +173,19 @@ def transfer(settings: Settings) -> list[Row]:
     pretrained = trained(settings, "pretraining", pretraining, settings.config("pretraining"), settings.mixer("fashion"))
     rows = [{"start": "pretraining"} | with_interval(pretrained.row())]
     starts = {"fine-tuned": pretrained.best, "from scratch": settings.mixer("fashion")}
-    for count in (10,) if settings.quick else PER_CLASS:
+    for count in PER_CLASS[:1] if settings.quick else PER_CLASS:
         accuracies: dict[str, list[float]] = {start: [] for start in starts}
         for seed in SEEDS[:1] if settings.quick else SEEDS:
             chosen = few(np.asarray(parts["train"].labels), TUNED, count, seed)
             data = write_images(settings.folder / f"few-{count}-{seed}", parts, TUNED, chosen)
             for start, source in starts.items():
-                config = settings.config("tuning", seed=seed, base_rate=RATES[start].get(count, 1e-3))
+                config = settings.config("tuning", seed=seed, base_rate=RATES[start][count])
                 run = trained(settings, f"{start}-{count}-{seed}", data, config, source)
                 accuracies[start].append(run.scores.accuracy)
         for start, values in accuracies.items():
             mean, half = mean_and_interval(values)
             row = {"start": start, "per_class": count, "accuracies": values, "accuracy": mean, "half_interval": half}
-            rows.append(row | {"base_rate": RATES[start].get(count, 1e-3), "images": run.scores.images})
+            rows.append(row | {"base_rate": RATES[start][count], "images": run.scores.images})
     return rows
 
 
@@ -191,7 +193,7 @@ def digits(settings: Settings) -> list[Row]:
     rows = []
     for seed in SEEDS[:1] if settings.quick else SEEDS:
         run = trained(settings, f"digits-{seed}", "digits", settings.config("digits", seed=seed), settings.mixer("digits"))
-        rows.append({"seed": seed} | with_interval(run.row()))
+        rows.append({"seed": seed, "steps": run.trainer.config.recipe.total_steps} | with_interval(run.row()))
     return rows
 
 
