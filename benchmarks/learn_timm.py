@@ -70,6 +70,13 @@ def scores(model: MlpMixer, images: Part, batch_size: int) -> tuple[int, float]:
     return int((logits.argmax(1) == images[1]).sum()), float(torch.nn.functional.cross_entropy(logits, images[1]))
 
 
+def mixed(images: torch.Tensor, labels: torch.Tensor, alpha: float, classes: int) -> Part:
+    """Images and labels, as probabilities, each mixed with those of the reversed batch in one proportion."""
+    share = float(np.random.beta(alpha, alpha))
+    labels = torch.nn.functional.one_hot(labels, classes).float()
+    return share * images + (1 - share) * images.flip(0), share * labels + (1 - share) * labels.flip(0)
+
+
 def rate(step: int, settings: dict[str, Any]) -> float:
     """Relative to the base rate: a linear warm-up, then half a cosine, as in our recipe."""
     warmup, total = settings["warmup_steps"], settings["total_steps"]
@@ -80,6 +87,7 @@ def rate(step: int, settings: dict[str, Any]) -> float:
 def trained(settings: dict[str, Any], sizes: dict[str, Any], parts: dict[str, Part]) -> dict[str, Any]:
     """Test scores of the weights that are best on the validation images: most right, then the lowest loss."""
     torch.manual_seed(settings["seed"])
+    np.random.seed(settings["seed"])
     model, batch_size = mixer(sizes), settings["batch_size"]
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim == 1]
@@ -93,6 +101,8 @@ def trained(settings: dict[str, Any], sizes: dict[str, Any], parts: dict[str, Pa
     drawn = RandomSampler(varied, num_samples=settings["total_steps"] * batch_size)  # epoch after epoch, without replacement
     best: tuple[tuple[int, float], int, Any] = (-1, 0.0), 0, None
     for step, (images, labels) in enumerate(DataLoader(varied, batch_size, sampler=drawn, num_workers=settings["threads"]), 1):
+        if settings["mixup"]:
+            images, labels = mixed(images, labels, settings["mixup"], sizes["num_classes"])
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(images), labels).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
