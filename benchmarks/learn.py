@@ -54,7 +54,10 @@ CONFIGS: dict[str, Row] = {  # fields of FinetuneConfig
     | {"base_rate": 3e-3, "warmup_steps": 100, "total_steps": 800, "evaluate_every": 800, "image_size": (8, 8)},
     "resolution": DIGITS | {"base_rate": 1e-3, "warmup_steps": 20, "total_steps": 200, "evaluate_every": 200},
 }
-RATES = {"fine-tuned": dict.fromkeys(PER_CLASS, 1e-3), "from scratch": dict.fromkeys(PER_CLASS, 3e-3)}
+RATES = {  # base_rate by images a class: the best of 1e-4 to 6e-3 for each
+    "fine-tuned": {20: 5e-4, 100: 1e-3, 500: 1e-3},
+    "from scratch": {20: 3e-3, 100: 1e-3, 500: 6e-3},
+}
 MIXERS = {
     "fashion": "S/7,num_blocks=4,hidden_dim=128,tokens_mlp_dim=64,channels_mlp_dim=256",
     "digits": "S/2,num_blocks=2,hidden_dim=128,tokens_mlp_dim=64,channels_mlp_dim=256",
