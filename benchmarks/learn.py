@@ -46,12 +46,13 @@ PER_CLASS = (20, 100, 500)
 ADAMW = {"optimizer": "adamw", "weight_decay": 0.05}
 FASHION = ADAMW | {"batch_size": 64, "min_area": None, "flip": True, "image_size": (28, 28)}
 DIGITS = ADAMW | {"batch_size": 64, "min_area": None, "flip": False, "mixup": 0.3, "randaugment": 3.0, "operations": 1}
+AT_8 = {"base_rate": 3e-3, "warmup_steps": 100, "image_size": (8, 8)}
 CONFIGS: dict[str, Row] = {  # fields of FinetuneConfig
     "fashion": FASHION | {"mixup": 0.2, "base_rate": 3e-3, "warmup_steps": 400, "total_steps": 9000, "evaluate_every": 1000},
     "pretraining": FASHION | {"base_rate": 2e-3, "warmup_steps": 200, "total_steps": 2400, "evaluate_every": 1200},
     "tuning": FASHION | {"batch_size": 32, "warmup_steps": 50, "total_steps": 400, "evaluate_every": 400, "validation": 0.2},
-    "digits": DIGITS
-    | {"base_rate": 3e-3, "warmup_steps": 100, "total_steps": 800, "evaluate_every": 800, "image_size": (8, 8)},
+    "digits": DIGITS | AT_8 | {"total_steps": 1500, "evaluate_every": 1500},
+    "small": DIGITS | AT_8 | {"total_steps": 800, "evaluate_every": 800},
     "resolution": DIGITS | {"base_rate": 1e-3, "warmup_steps": 20, "total_steps": 200, "evaluate_every": 200},
 }
 RATES = {  # base_rate by images a class: the best of three to five, on 5,000 training images that the run did not see
@@ -203,7 +204,7 @@ def digits(settings: Settings) -> list[Row]:
 
 def resolution(settings: Settings) -> list[Row]:
     """The same number of steps from the weights of 8 x 8, whose token mixing is expanded, and from scratch."""
-    mixer, before = settings.mixer("digits"), settings.config("digits")
+    mixer, before = settings.mixer("digits"), settings.config("small")
     small = trained(settings, "small", "digits", before, mixer)
     tuned = trained(settings, "large", "digits", settings.config("resolution", image_size=(16, 16), keep_head=True), small.best)
     scratch_config = settings.config("resolution", image_size=(16, 16), base_rate=before.recipe.base_rate)
@@ -249,7 +250,7 @@ def figures(settings: Settings, part: str) -> Row:
     goals = judged(part, rows)
     show(rows, part)
     show(goals, f"goals of {part}")
-    names = {"transfer": ("pretraining", "tuning"), "resolution": ("digits", "resolution")}.get(part, (part,))
+    names = {"transfer": ("pretraining", "tuning"), "resolution": ("small", "resolution")}.get(part, (part,))
     configs = {name: settings.config(name).as_dict() for name in names}
     mixer = settings.mixer("fashion" if part in ("fashion", "transfer") else "digits")
     return {"machine": facts, "versions": versions(), "mixer": mixer, "configs": configs, "rows": rows, "goals": goals}
