@@ -38,12 +38,13 @@ finetune-cifar10: .venv/installed  ## the official fine-tuning of WEIGHTS=Mixer-
 	$(BIN)/python -m mixer_jax finetune $(WEIGHTS) $(DATA) --run finetune-cifar10 --preset official --validation 0.02 \
 		--accumulation 8 --momentum-dtype bfloat16 $(OPTIONS)
 
-bench: .venv/installed .venv-peers/installed  ## measure everything beside its peers, and draw the chart; about an hour
+bench: .venv/installed .venv-peers/installed  ## measure everything beside its peers, and draw the chart; about two hours
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/conversion.py --json benchmarks/results/conversion.json
 	$(BIN)/python benchmarks/predict.py --json benchmarks/results/predict.json
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/ahead_of_time.py --json benchmarks/results/ahead_of_time.json $(WITH_H100)
+	$(BIN)/python benchmarks/learn.py
 	$(BIN)/python benchmarks/chart.py
 
 bench-quick: .venv/installed  ## check on a small model that all implementations agree

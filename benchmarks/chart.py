@@ -1,4 +1,4 @@
-"""docs/speed.png and the tables of speed, from the figures in benchmarks/results: `python benchmarks/chart.py`."""
+"""docs/speed.png and the tables in the documentation, from the figures in benchmarks/results: `python benchmarks/chart.py`."""
 
 import json
 from pathlib import Path
@@ -122,6 +122,37 @@ def table_of_missed_goals(results: Path) -> str:
     return markdown(["work", "figure", "measured", "goal"], lines)
 
 
+def tables_of_learning(results: Path) -> str:
+    """What learn.py measured, in three tables."""
+    fashion, transfer, digits, resolution = (
+        load(results, "learn", part)["rows"] for part in ("fashion", "transfer", "digits", "resolution")
+    )
+    lines = [
+        [NAMES[row["implementation"]], *accuracy(row), f"{row['seconds'] / 60:.1f}", f"{row['cpu_s'] / 60:.1f}"]
+        for row in fashion
+    ]
+    from_scratch = markdown(["Fashion-MNIST", "test accuracy", "95 % interval", "minutes", "CPU minutes"], lines)
+    means = {(row["start"], row.get("per_class")): row for row in transfer}
+    lines = []
+    for count in [count for start, count in means if start == "fine-tuned"]:
+        pair = (means[start, count] for start in ("fine-tuned", "from scratch"))
+        lines.append([f"{count}", *(f"{row['accuracy']:.1%} ± {100 * row['half_interval']:.1f}" for row in pair)])
+    transferred = markdown(["images a class", "fine-tuned", "from scratch"], lines)
+    steps = digits[0]["steps"]
+    lines = [
+        [f"8 x 8, from scratch, {steps} steps, seed {row['seed']}", *accuracy(row), f"{row['seconds']:.0f}"] for row in digits
+    ]
+    for row in resolution:
+        work = f"{row['image_size']} x {row['image_size']}, {row['start']}, {row['steps']} steps"
+        lines.append([work, *accuracy(row), f"{row['seconds']:.0f}" if "seconds" in row else ""])
+    return "\n\n".join([from_scratch, transferred, markdown(["digits", "test accuracy", "95 % interval", "seconds"], lines)])
+
+
+def accuracy(row: dict[str, Any]) -> list[str]:
+    low, high = row["interval"]
+    return [f"{row['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"]
+
+
 def draw(results: Path, output: Path) -> None:
     import matplotlib
 
@@ -152,7 +183,7 @@ def draw(results: Path, output: Path) -> None:
 
 def main() -> None:
     draw(HERE / "results", HERE.parent / "docs" / "speed.png")
-    for write in (readme_table, table, table_of_work, table_of_missed_goals):
+    for write in (readme_table, table, table_of_work, table_of_missed_goals, tables_of_learning):
         print(f"{write(HERE / 'results')}\n")
 
 

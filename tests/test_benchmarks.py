@@ -8,7 +8,9 @@ from pathlib import Path
 
 import ahead_of_time
 import chart
+import learn
 import pytest
+from measure import PYTHONS
 from run import GOALS, judged
 
 from convert import MixerConfig
@@ -87,6 +89,54 @@ def test_the_tables_and_claims_of_the_page_are_those_that_runs_wrote():
     for row in computed["data_parallel"]:
         elements = {kind: sum(elements) for kind, elements in row["collectives"].items()}
         assert elements == ({} if row["target"] == "cpu:1" else {"all-reduce": gradients + 1})  # and the loss
+
+
+def test_learning_in_its_quick_form_writes_every_part(tmp_path):
+    pytest.importorskip("grain")  # the extra `train`
+    command = [sys.executable, ROOT / "benchmarks" / "learn.py", "--quick", "--json", tmp_path / "learn.json"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "learn.json").read_text())
+    ours, *peers = results["fashion"]["rows"]
+    assert [peer["implementation"] for peer in peers] == ["timm"] * PYTHONS["peers"].exists()
+    assert all(peer["parameters"] == ours["parameters"] for peer in peers)
+    assert {row["start"] for row in results["transfer"]["rows"]} == {"pretraining", "fine-tuned", "from scratch"}
+    assert [row["steps"] for row in results["resolution"]["rows"]] == [4, 0, 4, 4]
+    for part, rows in ((part, figures["rows"]) for part, figures in results.items()):
+        assert learn.judged(part, rows) == results[part]["goals"]
+        for row in rows:
+            assert row["accuracy"] == pytest.approx(
+                row["correct"] / row["images"] if "correct" in row else row["accuracies"][0]
+            )
+
+
+def test_learning_without_the_images_names_the_package(tmp_path):
+    process = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "learn.py", "fashion", "--data", tmp_path / "none"],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert (
+        process.stderr
+        == f"error: no folder {tmp_path / 'none'}: apt install dataset-fashion-mnist, or name another with --data\n"
+    )
+
+
+def test_the_goals_of_learning_are_judged_by_the_rows_of_its_file():
+    results = json.loads((RESULTS / "learn.json").read_text())
+    for part in learn.PARTS:
+        assert learn.judged(part, results[part]["rows"]) == results[part]["goals"]
+    worse = [row | {"accuracy": row["accuracy"] - 0.5} for row in results["fashion"]["rows"][:1]] + results["fashion"]["rows"][
+        1:
+    ]
+    assert not any(goal["reached"] for goal in learn.judged("fashion", worse))
+
+
+def test_the_tables_of_learning_are_those_that_a_run_wrote():
+    page = (ROOT / "docs" / "fine-tuning.md").read_text()
+    assert all(table in page for table in chart.tables_of_learning(RESULTS).split("\n\n"))
 
 
 def test_the_table_for_the_readme_has_four_rows_of_relative_times():
