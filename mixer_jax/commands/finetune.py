@@ -3,6 +3,7 @@
 __all__ = ["finetune"]
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -94,6 +95,7 @@ def run(
     """The command `finetune`: print how it went. The exit code: 0, or that of a signal."""
     from ..training.loop import Interrupted
 
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises as well
     try:
         config = FinetuneConfig.of(preset, **changes)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 __all__ = ["RunFolder"]
 
+import contextlib
 import csv
 import io
 import json
@@ -21,6 +22,7 @@ from ..pictures.curves import draw_curves
 from ..pictures.files import save
 from .config import differences
 from .data import Splits
+from .events import Events
 from .listing import changes, listed
 
 KIND = "mixer_jax fine-tuning run, version 1"
@@ -53,7 +55,7 @@ class RunFolder:
         except Timeout:
             raise CheckpointError(f"{self.path}: another process is training in this folder") from None
         self.rows: list[Row] = []
-        self._events: Any = None
+        self._events: Events
         wanted = json.loads(json.dumps({"kind": KIND, **settings}))
         try:
             if found:
@@ -86,24 +88,19 @@ class RunFolder:
 
     def keep_until(self, step: int | None) -> None:
         """Take up the metrics of a run that goes on after `step` (None: from the start), and drop those after it."""
-        try:
-            from tensorboardX import SummaryWriter
-        except ModuleNotFoundError:
-            raise ImportError("training needs tensorboardX: pip install 'mixer-jax[train]'") from None
         file = self.path / METRICS
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         self.rows = [row for row in map(json.loads, lines) if step is not None and row["step"] <= step]
         _write(file, "".join(map(_line, self.rows)))
-        self._events = SummaryWriter(str(self.path / EVENTS), purge_step=0 if step is None else step + 1)
+        self._events = Events(self.path / EVENTS, 0 if step is None else step + 1)
 
     def add(self, row: Row) -> None:
         """Append a row of metrics."""
         self.rows.append(row)
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(_line(row))
-        for name, value in row.items():
-            if name != "step":
-                self._events.add_scalar(name.replace("_", "/", 1), value, row["step"])
+        values = {name.replace("_", "/", 1): value for name, value in row.items() if name != "step"}
+        self._events.add(row["step"], values)
 
     def flush(self) -> None:
         """Hand all events to the file system: before a state is saved, since none before it is written again."""
@@ -128,7 +125,7 @@ class RunFolder:
             save(draw_confusion(confusion, title=self.path.name), self.path / CONFUSION, force=True)
 
     def close(self) -> None:
-        if self._events is not None:
+        with contextlib.suppress(AttributeError, OSError):  # none yet; a full disk, which has been said
             self._events.close()
         self._lock.release()
 
