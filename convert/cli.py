@@ -58,7 +58,7 @@ def refuse_ignored(arguments: argparse.Namespace, options: Iterable[str], why: s
         arguments.usage(f"{', '.join(given)}: {why}")
 
 
-def add_reading_options(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+def add_reading_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, without: Collection[str] = ()) -> None:
     """The options of ReadOptions, for every command that reads a checkpoint; `without` those that mean something else there."""
     parser.set_defaults(**dict.fromkeys(without))
     if "image_size" not in without:

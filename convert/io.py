@@ -144,7 +144,8 @@ def _checked(checkpoint: Checkpoint, options: ReadOptions) -> Checkpoint:
     if checkpoint.dtype == np.float64 and options.dtype is None:
         raise CheckpointError(
             "float64 weights, which no published Mixer has: keep them with --dtype float64 or cast them with --dtype float32; "
-            "in Python that is ReadOptions(dtype='float64'), or param_dtype='float64' of load"
+            "in Python that is ReadOptions(dtype='float64'), or param_dtype='float64' of load; "
+            "for finetune, whose --dtype is another, cast them into a file: python -m convert convert IN OUT --dtype float32"
         )
     if options.image_size is not None:
         checkpoint = checkpoint.with_image_size(options.image_size)

@@ -38,13 +38,18 @@ OPTIONAL: dict[str, Callable[[str], object]] = {
     "randaugment": float,
     "ema_decay": float,
 }
+METAVARS: dict[Callable[[str], object], str] = {size: "HxW", dtype: "DTYPE", int: "N", str: "TEXT"}  # of others: X
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     require_verb(parser, argv, VERBS, ", ".join(VERBS))
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "finetune" and arguments.checkpoint is None and len(rest) == 1 and not rest[0].startswith("-"):
+        arguments.checkpoint, arguments.data = arguments.data, rest.pop()  # options stood between the two
+    if rest:
+        arguments.usage(f"unrecognized arguments: {' '.join(rest)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     return run_guarded(lambda: arguments.run(arguments))
@@ -97,7 +102,9 @@ def finetune(arguments: argparse.Namespace) -> None:
     from .commands.finetune import run
     from .training.config import HELP
 
-    given = {name: getattr(arguments, f"config_{name}") for name in HELP}
+    if (arguments.checkpoint is None) == (arguments.from_scratch is None):
+        arguments.usage("give CHECKPOINT and DATA, or DATA and --from-scratch")
+    given = {name: getattr(arguments, f"config_{name}") for group in HELP.values() for name in group}
     changes = {name: None if value == NONE else value for name, value in given.items() if value is not None}
     options = {name: getattr(arguments, name) for name in ("from_scratch", "resume", "threads", "preset")}
     code = run(
@@ -222,27 +229,30 @@ def _add_finetune(commands: Subparsers) -> None:
 
     example = "finetune Mixer-B_16.npz pets/ --run pets-run --preset small"
     command = _command(commands, finetune, "train on one's own images; the same command again goes on", example=example)
+    command.usage = "python -m mixer_jax finetune [CHECKPOINT] DATA --run FOLDER [options]"
     command.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint to begin with")
-    data = (
-        "a folder of class folders, or of train/, val/ and test/; a table of path and label; CIFAR's or MNIST's files; digits"
-    )
+    data = "a folder of class folders, or of train/, val/ and test/; a table of path and label; files of CIFAR or MNIST; digits"
     command.add_argument("data", metavar="DATA", help=data)
-    command.add_argument("--run", dest="run_folder", required=True, type=Path, metavar="FOLDER", help="folder of the run")
+    groups = {name: command.add_argument_group(name) for name in HELP}
+    run, images, model = (groups[name].add_argument for name in ("run", "data and images", "model"))
+    run("--run", dest="run_folder", required=True, type=Path, metavar="FOLDER", help="folder of the run")
+    run("--resume", action="store_true", help="go on with the run in FOLDER; an error if there is none")
+    run("--preset", choices=PRESETS, default="official", help="other defaults; those below are official's (default: official)")
+    images("--threads", type=whole_number(1), metavar="N", help="image-decoding threads (default: one per core)")
     scratch = "begin with random weights instead of a checkpoint; S/4,num_blocks=2,hidden_dim=64 changes sizes"
-    command.add_argument("--from-scratch", metavar="S/32", help=scratch)
-    command.add_argument("--resume", action="store_true", help="go on with the run in FOLDER; an error if there is none")
-    command.add_argument("--preset", choices=PRESETS, default="official", help="values of all that follow (default: official)")
-    command.add_argument("--threads", type=whole_number(1), metavar="N", help="image-decoding threads (default: one per core)")
-    add_reading_options(command, without=("image_size", "dtype"))  # these are the run's
+    model("--from-scratch", metavar="S/32", help=scratch)
     defaults = FinetuneConfig().as_dict()
-    for name, text in HELP.items():
+    for group, name, text in ((groups[group], *item) for group, texts in HELP.items() for item in texts.items()):
         option, kind = f"--{name.replace('_', '-')}", type(defaults[name])
         shown = f"{text} (default: {defaults[name]})" if defaults[name] is not None else text
         if kind is bool:
-            command.add_argument(option, dest=f"config_{name}", action=argparse.BooleanOptionalAction, help=shown)
+            group.add_argument(option, dest=f"config_{name}", action=argparse.BooleanOptionalAction, help=shown)
         else:
             parse: Callable[[str], object] = OPTIONAL.get(name, kind)
-            command.add_argument(option, dest=f"config_{name}", type=_or_none(parse), metavar="X", help=shown)
+            metavar = METAVARS.get(parse, "X")
+            group.add_argument(option, dest=f"config_{name}", type=_or_none(parse), metavar=metavar, help=shown)
+    reading = command.add_argument_group("reading the checkpoint")
+    add_reading_options(reading, without=("image_size", "dtype"))  # these are the run's
 
 
 def _or_none(parse: Callable[[str], object]) -> Callable[[str], object]:

@@ -60,7 +60,7 @@ def write(path: Path, arrays: Arrays, metadata: Mapping[str, Any]) -> None:
         with _silent_log(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(path.absolute(), args=items)
     except Exception as error:  # Orbax and TensorStore raise whatever was underneath
-        raise CheckpointError(f"Orbax cannot write it: {reason(error)}") from None
+        raise OSError(f"Orbax cannot write it: {reason(error)}") from None
 
 
 def _leaves(tree: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -2,6 +2,7 @@
 
 __all__ = ["finetune"]
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -13,9 +14,11 @@ from convert import Checkpoint, CheckpointError, MixerConfig, ReadOptions, read
 from convert.identity import fingerprint
 from convert.preprocessing import PREPROCESSING_NAMES
 
+from ..preprocess import ImageError, preprocessing_of
 from ..training.config import FinetuneConfig
 from ..training.data import Dataset, Splits, open_dataset
 from ..training.freezing import trainable
+from ..training.sources import read_parts
 
 Source = str | os.PathLike[str] | Checkpoint
 SIZES = ("num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
@@ -43,11 +46,12 @@ def finetune(
     after SIGTERM or Ctrl-C, with the state saved.
     """
     from ..training.loop import Trainer
-    from ..training.run_folder import RunFolder
+    from ..training.run_folder import RunFolder, require_run_or_new
 
     config = config or FinetuneConfig()
     if (checkpoint is None) == (from_scratch is None):
-        raise CheckpointError("give a checkpoint, or with from_scratch a variant to begin with random weights")
+        raise CheckpointError("give a checkpoint, or with from_scratch a variant to begin with random weights, not both")
+    require_run_or_new(Path(run), resume=resume)
     model, splits, weights = _opened(checkpoint, data, config, from_scratch, reading or ReadOptions())
     try:
         trainable(model, config.recipe.train)
@@ -59,13 +63,16 @@ def finetune(
         "data": {name: _facts(part) for name, part in vars(splits).items() if part is not None},
         "classes": {str(i): name for i, name in enumerate(splits.train.classes)},
     }
-    folder = RunFolder(run, settings, resume=resume)
     try:
-        trainer = Trainer(model=model, splits=splits, config=config, folder=folder, threads=threads)
-        trainer.run()
-        return trainer
-    finally:
-        folder.close()
+        with contextlib.closing(RunFolder(run, settings, splits, resume=resume)) as folder:
+            trainer = Trainer(model=model, splits=splits, config=config, folder=folder, threads=threads)
+            trainer.run()
+            return trainer
+    except OSError as error:
+        advice = "what was saved before is still there; when that is mended, the same command goes on"
+        raise CheckpointError(f"{run}: cannot be written: {error}: {advice}") from None
+    except ImageError as error:
+        raise CheckpointError(f"{data}: {error}") from None
 
 
 def run(
@@ -108,7 +115,7 @@ def _opened(
     variant: str | None,
     reading: ReadOptions,
 ) -> tuple[Any, Splits, str]:
-    """The model to begin with, the images, and what identifies the weights."""
+    """The model to begin with, the images, and what identifies the weights. What is read fastest is checked first."""
     from flax import nnx
 
     from ..model import MlpMixer
@@ -118,19 +125,22 @@ def _opened(
     how: dict[str, Any] = {"dropout_rate": config.dropout_rate, "stochastic_depth_rate": config.stochastic_depth_rate}
     how |= {"dtype": config.dtype, "remat": config.remat, "rngs": nnx.Rngs(config.seed)}
     if variant is not None:
+        mixer = _scratch_config(variant, config)
         splits = open_dataset(data, **options)
-        model = MlpMixer(_scratch_config(variant, config, splits.train), **how)
+        mixer = mixer.replace(num_classes=len(splits.train.classes), in_channels=splits.train.channels)
+        model = MlpMixer(mixer, **how)
         model.labels, model.preprocessing = splits.train.classes, "squash"
         return model, splits, f"random, {variant}"
+    options["contents"] = read_parts(data)
     checkpoint = source if isinstance(source, Checkpoint) else read(str(source), reading)
     preprocessing = _training_preprocessing(checkpoint, explicit=reading.preprocessing is not None)
-    identity = fingerprint(checkpoint.arrays, checkpoint.layout)
     options["channels"] = checkpoint.config.in_channels
     if options["channels"] not in (1, 3):
         raise CheckpointError(f"{checkpoint.source}: the model takes {options['channels']} channels, and images have 3 or 1")
     if config.keep_head and not checkpoint.metadata.labels:
         raise CheckpointError(f"{checkpoint.source}: has no labels, so its head cannot be kept: leave out keep_head")
     splits = open_dataset(data, classes=checkpoint.metadata.labels if config.keep_head else None, **options)
+    identity = fingerprint(checkpoint.arrays, checkpoint.layout)
     if config.image_size not in (None, checkpoint.config.image_size):
         checkpoint = checkpoint.resized(config.image_size, resample=config.resample)
     if not config.keep_head:
@@ -141,8 +151,6 @@ def _opened(
 
 def _training_preprocessing(checkpoint: Checkpoint, *, explicit: bool) -> str:
     """Officially the whole image is resized, without a crop; where the range of the pixels is another, the checkpoint's own."""
-    from ..preprocess import preprocessing_of
-
     own = checkpoint.metadata.preprocessing
     if own is None:
         names = ", ".join(PREPROCESSING_NAMES)
@@ -150,15 +158,14 @@ def _training_preprocessing(checkpoint: Checkpoint, *, explicit: bool) -> str:
     return own if explicit or preprocessing_of(own).limits != (-1.0, 1.0) else "squash"
 
 
-def _scratch_config(text: str, config: FinetuneConfig, images: Dataset) -> MixerConfig:
+def _scratch_config(text: str, config: FinetuneConfig) -> MixerConfig:
+    """A variant with other sizes. Its classes and channels are not yet those of the images."""
     name, *changes = text.split(",")
     try:
         sizes = {key: int(value) for key, _, value in (change.partition("=") for change in changes)}
         if unknown := sorted(sizes.keys() - set(SIZES)):
             raise ValueError(f"no size {unknown[0]!r}: one of {', '.join(SIZES)}")
-        size = config.image_size or (224, 224)
-        mixer = MixerConfig.named(name, num_classes=len(images.classes), image_size=size, in_channels=images.channels)
-        return mixer.replace(**sizes)
+        return MixerConfig.named(name, image_size=config.image_size or (224, 224)).replace(**sizes)
     except ValueError as error:
         raise CheckpointError(f"from_scratch {text!r}: {error}") from None
 

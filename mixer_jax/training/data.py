@@ -24,7 +24,7 @@ from convert.config import Size
 from ..images import cores, decode_ahead
 from ..preprocess import ImageError, load_image, preprocessing_of
 from .augment import OFFICIAL, Augmentation, mixed
-from .sources import Part, held_out, read_parts, some
+from .sources import Contents, Part, held_out, read_parts, some
 
 REDRAWS = 100
 
@@ -58,11 +58,17 @@ class Dataset:
         return replace(self, names=[self.names[i] for i in indices], labels=self.labels[indices], pixels=pixels)
 
     @cached_property
+    def contents(self) -> np.ndarray:
+        """What tells whether an image is still the same: the size of its file in bytes, or the CRC-32 of its pixels. (n,)"""
+        if self.pixels is None:
+            return np.array([_bytes(os.path.join(self.root, name)) for name in self.names], np.int64)
+        return np.array([zlib.crc32(image) for image in self.pixels], np.int64)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with the classes, and with an image's name, label, size in bytes, or pixels where these are in memory."""
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
-        for i, (name, label) in enumerate(zip(self.names, self.labels.tolist())):
-            content = _bytes(os.path.join(self.root, name)) if self.pixels is None else zlib.crc32(self.pixels[i])
+        for name, label, content in zip(self.names, self.labels.tolist(), self.contents.tolist()):
             digest.update(os.fsencode(f"\0{name}\0{label}\0{content}"))
         return digest.hexdigest()
 
@@ -89,6 +95,7 @@ def open_dataset(
     validation: float = 0.1,
     seed: int = 0,
     use_exif: bool = False,
+    contents: Contents | None = None,
 ) -> Splits:
     """A folder of class folders, or of train/, val/ and test/ with class folders each; a .csv or .tsv of path and label; a
     folder with CIFAR's binary files or MNIST's idx files, gzipped or not; or "digits", scikit-learn's.
@@ -96,12 +103,13 @@ def open_dataset(
     A table's header, if any, names the columns path and label; paths are relative to the table. CIFAR's Python version is made
     of pickles and refused. `classes` are those of a model's head, in its order; by default those of the source, sorted.
     `channels` are 1 or 3, by default the source's own, 3 for files. Without a validation part a fraction `validation` of each
-    class is split off the training part by `seed`, whatever the order of the files.
+    class is split off the training part by `seed`, whatever the order of the files. `contents` is `read_parts(source)` where
+    that has been called already.
     Raises CheckpointError for a source whose classes or files are not clear. Image files are not opened here.
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation must be above 0 and below 1, not {validation!r}")
-    parts, known = read_parts(source)
+    parts, known = contents or read_parts(source)
     names, parts = _with_classes(source, parts, classes or known)
     datasets = {}
     for name, part in parts.items():
@@ -137,9 +145,6 @@ def _with_classes(
         found = set(parts["train"].labels)
         numbers = all(name.isdecimal() for name in found)
         names = tuple(classes or sorted(found, key=lambda name: (int(name) if numbers else 0, name)))
-        lower = Counter(name.casefold() for name in found)
-        if twice := sorted(name for name in found if lower[name.casefold()] > 1):
-            raise unclear(f"class names that differ in case alone: {some(twice)}: rename or merge them")
         if repeated := sorted(name for name, count in Counter(names).items() if count > 1 and name in found):
             raise unclear(f"several classes of the head are called {some(repeated)}: give each its own name")
         index = {name: i for i, name in enumerate(names)}
@@ -148,8 +153,6 @@ def _with_classes(
                 where = "the classes of the head" if classes else "the classes to train on"
                 raise unclear(f"{len(unknown)} classes of the {which} images are not among {where}: {some(unknown)}")
         parts = {which: replace(part, labels=np.array([index[name] for name in part.labels])) for which, part in parts.items()}
-    if len(np.unique(parts["train"].labels)) < 2:
-        raise unclear("has images of one class, and needs two or more")
     return names, parts
 
 

@@ -16,30 +16,31 @@ from convert import CheckpointError
 from convert.atomic import atomic_write
 
 from .config import differences
+from .data import Splits
+from .listing import changes, listed
 
 KIND = "mixer_jax fine-tuning run, version 1"
-CONFIG, METRICS, TABLE = "config.json", "metrics.jsonl", "metrics.csv"
+CONFIG, IMAGES, METRICS, TABLE = "config.json", "images.jsonl.gz", "metrics.jsonl", "metrics.csv"
 Row = dict[str, Any]
 
 
 class RunFolder:
     """A run's own folder, locked against a second process until `close`.
 
-    `settings` are groups of fields that decide the result; a folder with others is refused, naming what differs. Rows of
-    metrics hold no times, so that a run that was stopped and went on ends with the same file.
+    `settings` are groups of fields that decide the result; a folder with others is refused, naming what differs, also among
+    the images of `splits`. Rows of metrics hold no times, so that a run that was stopped and went on ends with the same file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Mapping[str, Any]], *, resume: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        settings: Mapping[str, Mapping[str, Any]],
+        splits: Splits,
+        *,
+        resume: bool = False,
+    ):
         self.path = Path(path)
-        found = (self.path / CONFIG).is_file()
-        if resume and not found:
-            raise CheckpointError(f"{self.path}: no run to resume; without --resume a new one begins there")
-        if (
-            self.path.exists()
-            and not found
-            and (not self.path.is_dir() or any(not entry.name.startswith(".") for entry in self.path.iterdir()))
-        ):
-            raise CheckpointError(f"{self.path}: exists and is not a run of fine-tuning: give a new folder")
+        found = require_run_or_new(self.path, resume=resume)
         self.path.mkdir(exist_ok=True, parents=True)
         self._lock = FileLock(self.path / ".lock")
         try:
@@ -50,14 +51,15 @@ class RunFolder:
         wanted = json.loads(json.dumps({"kind": KIND, **settings}))
         try:
             if found:
-                self._require_same(wanted)
+                self._require_same(wanted, splits)
             else:
-                _write(self.path / CONFIG, json.dumps(wanted, indent=2) + "\n")
+                _write(self.path / IMAGES, listed(splits))
+                _write(self.path / CONFIG, json.dumps(wanted, indent=2) + "\n")  # last: with it the folder is a run
         except BaseException:
             self._lock.release()
             raise
 
-    def _require_same(self, wanted: Mapping[str, Any]) -> None:
+    def _require_same(self, wanted: Mapping[str, Any], splits: Splits) -> None:
         try:
             before = json.loads((self.path / CONFIG).read_text())
         except ValueError as error:
@@ -66,7 +68,9 @@ class RunFolder:
             raise CheckpointError(f"{self.path / CONFIG}: is not that of a run of fine-tuning: give a new folder")
         faults = []
         for group, values in wanted.items():
-            if group != "kind":
+            if group == "data" and before.get(group) != values and (self.path / IMAGES).is_file():
+                faults.append(f"data: {changes((self.path / IMAGES).read_bytes(), splits)}")
+            elif group != "kind":
                 faults += [f"{group}: {text}" for text in differences(before.get(group, {}), values)]
         if faults:
             raise CheckpointError(
@@ -103,11 +107,29 @@ class RunFolder:
         self._lock.release()
 
 
+def require_run_or_new(path: Path, *, resume: bool) -> bool:
+    """Whether a run is in a folder. Raises CheckpointError for one that holds anything else or cannot be written, and with
+    `resume` without a run.
+    """
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if nearest.is_dir() and not os.access(nearest, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise CheckpointError(f"{path}: cannot be written: no permission to write in {nearest}: give another folder")
+    if (path / CONFIG).is_file():
+        return True
+    if resume:
+        raise CheckpointError(f"{path}: no run to resume; without --resume a new one begins there")
+    if not nearest.is_dir():
+        raise CheckpointError(f"{path}: cannot be a folder: {nearest} is a file: give a new folder")
+    if path.exists() and not all(entry.name.startswith(".") or entry.name == IMAGES for entry in path.iterdir()):
+        raise CheckpointError(f"{path}: exists and is not a run of fine-tuning: give a new folder")
+    return False
+
+
 def _line(row: Row) -> str:
     return json.dumps(row) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
-    content = text.encode()
+def _write(path: Path, text: str | bytes) -> None:
+    content = text.encode() if isinstance(text, str) else text
     with atomic_write(path, size=len(content), force=True) as temporary:
         temporary.write_bytes(content)

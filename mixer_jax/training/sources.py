@@ -1,6 +1,6 @@
 """Labelled images as they lie on disk: folders of classes, tables, the files of CIFAR and MNIST. Nothing is unpickled."""
 
-__all__ = ["Part", "held_out", "read_parts"]
+__all__ = ["Contents", "Part", "held_out", "read_parts"]
 
 import csv
 import gzip
@@ -46,7 +46,18 @@ Contents = tuple[dict[str, Part], list[str] | None]  # by train, validation and 
 
 
 def read_parts(source: str | os.PathLike[str]) -> Contents:
-    """What a source holds, with every image's class. Raises CheckpointError if that is not clear."""
+    """What a source holds, with every image's class. Raises CheckpointError if that is not clear, or is one class."""
+    parts, names = _read(source)
+    classes = sorted(map(str, set(parts["train"].labels)))
+    folded = Counter(name.casefold() for name in classes)
+    if twice := [name for name in classes if folded[name.casefold()] > 1]:
+        raise CheckpointError(f"{source}: class names that differ in case alone: {some(twice)}: rename or merge them")
+    if len(classes) < 2:
+        raise CheckpointError(f"{source}: has images of one class, and needs two or more")
+    return parts, names
+
+
+def _read(source: str | os.PathLike[str]) -> Contents:
     if source == "digits":
         return _digits()
     path = Path(source)
