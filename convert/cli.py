@@ -1,13 +1,14 @@
 """What both command lines share: a person's mistake is one message and an exit code, and a signal cleans up."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable
-from typing import get_args
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, get_args
 
 from .config import Gelu, Size, variant_sizes
 from .dtypes import WEIGHTS, weights_dtype
@@ -23,7 +24,7 @@ def run_guarded(command: Callable[[], object]) -> int:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_closed_loops():
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             command()
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
@@ -38,6 +39,22 @@ def run_guarded(command: Callable[[], object]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _without_closed_loops() -> Iterator[None]:
+    """Leave out what TensorStore's threads print after a write that failed: nobody waits for their results any more."""
+    before = sys.unraisablehook
+
+    def called(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = called
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def require_verb(parser: argparse.ArgumentParser, argv: list[str], verbs: Collection[str], known: str) -> None:
