@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import Checkpoint, CheckpointError, MixerConfig, ReadOptions, read
+from convert.formats.orbax import silent_log
 from convert.identity import fingerprint
 from convert.preprocessing import PREPROCESSING_NAMES
 
@@ -64,12 +65,12 @@ def finetune(
         "classes": {str(i): name for i, name in enumerate(splits.train.classes)},
     }
     try:
-        with contextlib.closing(RunFolder(run, settings, splits, resume=resume)) as folder:
+        with contextlib.closing(RunFolder(run, settings, splits, resume=resume)) as folder, silent_log():
             trainer = Trainer(model=model, splits=splits, config=config, folder=folder, threads=threads)
             trainer.run()
             return trainer
     except OSError as error:
-        advice = "what was saved before is still there; when that is mended, the same command goes on"
+        advice = "what was saved before is still there; with room and permission to write, the same command goes on"
         raise CheckpointError(f"{run}: cannot be written: {error}: {advice}") from None
     except ImageError as error:
         raise CheckpointError(f"{data}: {error}") from None
