@@ -1,13 +1,13 @@
 """What both command lines share: a person's mistake is one message and an exit code, and a signal cleans up."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, get_args
 
 from .config import Gelu, Size, variant_sizes
@@ -23,9 +23,8 @@ def run_guarded(command: Callable[[], object]) -> int:
     A fault of the program itself keeps its traceback.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
-    sys.excepthook = _of_main_thread(sys.excepthook)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_closed_loops():
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             command()
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
@@ -42,14 +41,20 @@ def run_guarded(command: Callable[[], object]) -> int:
     return 0
 
 
-def _of_main_thread(hook: Callable[..., object]) -> Callable[..., None]:
-    """A hook for the main thread's exceptions alone. In others only TensorStore calls it, after a failure that Orbax raises."""
+@contextlib.contextmanager
+def _without_closed_loops() -> Iterator[None]:
+    """Leave out what TensorStore's threads print after a write that failed: nobody waits for their results any more."""
+    before = sys.unraisablehook
 
-    def called(*exception: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            hook(*exception)
+    def called(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
 
-    return called
+    sys.unraisablehook = called
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def require_verb(parser: argparse.ArgumentParser, argv: list[str], verbs: Collection[str], known: str) -> None:

@@ -57,7 +57,7 @@ def write(path: Path, arrays: Arrays, metadata: Mapping[str, Any]) -> None:
     entries = {OUR_KEY: dict(metadata), "checksums": checksums} | SIGNATURE
     items = ocp.args.Composite(params=ocp.args.StandardSave(nested(values)), metadata=ocp.args.JsonSave(entries))
     try:
-        with _silent_log(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with silent_log(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(path.absolute(), args=items)
     except Exception as error:  # Orbax and TensorStore raise whatever was underneath
         raise OSError(f"Orbax cannot write it: {reason(error)}") from None
@@ -121,7 +121,7 @@ def _ours(entries: Any, names: Mapping[str, Any]) -> tuple[Mapping[str, Any], di
 
 
 @contextlib.contextmanager
-def _silent_log() -> Iterator[None]:
+def silent_log() -> Iterator[None]:
     """Errors of Orbax as exceptions alone, not in the log as well."""
     log = logging.getLogger("absl")
     before, log.disabled = log.disabled, True

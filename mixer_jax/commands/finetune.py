@@ -3,7 +3,6 @@
 __all__ = ["finetune"]
 
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import Checkpoint, CheckpointError, MixerConfig, ReadOptions, read
+from convert.formats.orbax import silent_log
 from convert.identity import fingerprint
 from convert.preprocessing import PREPROCESSING_NAMES
 
@@ -67,13 +67,13 @@ def finetune(
         "classes": {str(i): name for i, name in enumerate(splits.train.classes)},
     }
     try:
-        with contextlib.closing(RunFolder(run, settings, splits, resume=resume)) as folder:
+        with contextlib.closing(RunFolder(run, settings, splits, resume=resume)) as folder, silent_log():
             options: dict[str, Any] = {"threads": threads, "save_seconds": save_seconds}
             trainer = Trainer(model=model, splits=splits, config=config, folder=folder, **options)
             trainer.run()
             return trainer
     except OSError as error:
-        advice = "what was saved before is still there; when that is mended, the same command goes on"
+        advice = "what was saved before is still there; with room and permission to write, the same command goes on"
         raise CheckpointError(f"{run}: cannot be written: {error}: {advice}") from None
     except ImageError as error:
         raise CheckpointError(f"{data}: {error}") from None
@@ -95,7 +95,6 @@ def run(
     """The command `finetune`: print how it went. The exit code: 0, or that of a signal."""
     from ..training.loop import Interrupted
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises as well
     try:
         config = FinetuneConfig.of(preset, **changes)
     except ValueError as error:

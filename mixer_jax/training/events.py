@@ -4,23 +4,23 @@ __all__ = ["Events"]
 
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 
 class Events:
-    """A new file of events in a folder, from `step` on: what earlier files have of that step and later ones is dropped."""
+    """A new file of events in a folder, from `step` on: what earlier files have of that step and later ones is dropped.
+
+    There is no file before the first event.
+    """
 
     def __init__(self, folder: Path, step: int):
         try:
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            import tensorboardX  # noqa: F401
         except ModuleNotFoundError:
             raise ImportError("training needs tensorboardX: pip install 'mixer-jax[train]'") from None
-        folder.mkdir(exist_ok=True)
-        self._event = Event
-        self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{len(list(folder.iterdir()))}")
-        self._write(step, session_log=SessionLog(status=SessionLog.START))
+        self._folder, self._step = folder, step
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Values by name; TensorBoard shows those with the same part before the first "/" together."""
@@ -33,7 +33,21 @@ class Events:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if "_writer" in vars(self):
+            self._writer.close()
+
+    @cached_property
+    def _writer(self) -> Any:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._folder.mkdir(exist_ok=True)
+        writer = EventsWriter(str(self._folder / "events"), filename_suffix=f".{len(list(self._folder.iterdir()))}")
+        start = SessionLog(status=SessionLog.START)
+        writer.write_event(Event(wall_time=time.time(), step=self._step, session_log=start))
+        return writer
 
     def _write(self, step: int, **content: Any) -> None:
-        self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))

@@ -15,6 +15,7 @@ from convert.formats.zarr import checksum, reason
 from .step import TrainState
 
 KEPT = 2
+ADVICE = ": those before it are still there; with room on the disk, the same command goes on"
 
 
 class States:
@@ -42,7 +43,7 @@ class States:
             return
         facts = {"checksums": {name: checksum(array) for name, array in arrays.items()}}
         items = self._ocp.args.Composite(state=self._ocp.args.StandardSave(arrays), facts=self._ocp.args.JsonSave(facts))
-        with self._explained(f"the state of step {step} cannot be saved"):
+        with self._explained(f"the state of step {step} cannot be saved", ADVICE):
             self._manager.save(step, args=items)
 
     def restore(self, like: TrainState) -> TrainState:
@@ -60,7 +61,7 @@ class States:
 
     def finish(self) -> None:
         """Wait until all is written. Raises CheckpointError where that failed; older states are still there."""
-        with self._explained("a state cannot be saved"):
+        with self._explained("a state cannot be saved", ADVICE):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -69,11 +70,11 @@ class States:
             self._manager.close()
 
     @contextlib.contextmanager
-    def _explained(self, what: str) -> Any:
+    def _explained(self, what: str, advice: str = "") -> Any:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise whatever was underneath
-            raise CheckpointError(f"{self._folder}: {what}: {reason(error)}") from None
+            raise CheckpointError(f"{self._folder}: {what}: {reason(error)}{advice}") from None
 
 
 def _by_name(state: TrainState, *, values: bool = True) -> dict[str, Any]:
