@@ -1,13 +1,13 @@
 """What both command lines share: a person's mistake is one message and an exit code, and a signal cleans up."""
 
 import argparse
-import contextlib
 import difflib
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from .config import Gelu, Size, variant_sizes
@@ -23,8 +23,10 @@ def run_guarded(command: Callable[[], object]) -> int:
     A fault of the program itself keeps its traceback.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
+    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
     try:
-        with warnings.catch_warnings(), _without_closed_loops():
+        with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             command()
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
@@ -41,20 +43,15 @@ def run_guarded(command: Callable[[], object]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _without_closed_loops() -> Iterator[None]:
-    """Leave out what TensorStore's threads print after a write that failed: nobody waits for their results any more."""
-    before = sys.unraisablehook
+@dataclass(frozen=True)
+class _WithoutClosedLoops:
+    """A `sys.unraisablehook` without what TensorStore's threads say of results that nobody waits for after a failure."""
 
-    def called(unraisable: Any) -> None:
+    before: Callable[[Any], object]
+
+    def __call__(self, unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = called
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
+            self.before(unraisable)
 
 
 def require_verb(parser: argparse.ArgumentParser, argv: list[str], verbs: Collection[str], known: str) -> None:

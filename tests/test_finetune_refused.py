@@ -143,7 +143,7 @@ def float64(begun):
 
 
 def not_a_checkpoint(begun):
-    np.savez(begun.checkpoint, a=np.zeros(3))
+    begun.checkpoint.write_text("no weights")
 
 
 def of_another_program(begun):
@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Callable[[Begun], object], list[str], str]] = {
     "a class": (
         one_more_class,
         [],
-        "data: 6 images added (eel/0.png, eel/1.png, eel/2.png, ...); classes: 2 was None and is 'eel'",
+        "data: 6 images added (eel/",
     ),
     "another split": (nothing, ["--seed", "1"], "config: seed was 0 and is 1; data: "),
     "no images": (no_readable_image, [], "the file is empty"),

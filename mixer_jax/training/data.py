@@ -150,8 +150,10 @@ def _with_classes(
         index = {name: i for i, name in enumerate(names)}
         for which, part in parts.items():
             if unknown := sorted(set(part.labels) - index.keys()):
-                where = "the classes of the head" if classes else "the classes to train on"
-                raise unclear(f"{len(unknown)} classes of the {which} images are not among {where}: {some(unknown)}")
+                where, remedy = ("of the head", "train a new head") if classes else ("to train on", "add images to train on")
+                them, some_classes = ("it", "1 class") if len(unknown) == 1 else ("them", f"{len(unknown)} classes")
+                fault = f"{some_classes} of the {which} images not among the classes {where}: {some(unknown)}"
+                raise unclear(f"{fault}: leave {them} out, or {remedy}")
         parts = {which: replace(part, labels=np.array([index[name] for name in part.labels])) for which, part in parts.items()}
     return names, parts
 

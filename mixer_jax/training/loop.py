@@ -199,7 +199,8 @@ class Trainer:
         true, outputs = np.concatenate(labels), np.concatenate(logits)
         if not len(true):
             name, error = next(iter(sorted(batches.unreadable.items())))
-            raise CheckpointError(f"none of the {part} images can be used, such as {name}: {error}")
+            fault = f"none of the {part} images can be used, such as {name}: {error}"
+            raise CheckpointError(f"{self.folder.path}: {fault}")
         loss = float((logsumexp(outputs, axis=1) - outputs[np.arange(len(true)), true]).mean())
         names, preprocessing = self.splits.train.classes, str(self.model.preprocessing)
         return Evaluation(names, preprocessing, "label", true, best_classes(outputs), batches.unreadable), loss
