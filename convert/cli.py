@@ -45,7 +45,7 @@ def run_guarded(command: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class _WithoutClosedLoops:
-    """A `sys.unraisablehook` that leaves out what TensorStore's threads say of results that nobody waits for after a failure."""
+    """A `sys.unraisablehook` without what threads of TensorStore say of results that nobody waits for after a failure."""
 
     before: Callable[[Any], object]
 
