@@ -229,7 +229,7 @@ def _add_finetune(commands: Subparsers) -> None:
 
     example = "finetune Mixer-B_16.npz pets/ --run pets-run --preset small"
     command = _command(commands, finetune, "train on one's own images; the same command again goes on", example=example)
-    command.usage = "python -m mixer_jax finetune [CHECKPOINT] DATA --run FOLDER [options]"
+    command.usage = "python -m mixer_jax finetune [-h] [CHECKPOINT] DATA --run FOLDER [options]"
     command.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint to begin with")
     data = "a folder of class folders, or of train/, val/ and test/; a table of path and label; files of CIFAR or MNIST; digits"
     command.add_argument("data", metavar="DATA", help=data)

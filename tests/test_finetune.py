@@ -164,7 +164,7 @@ def test_a_dataset_that_changed_is_named(checkpoint, tmp_path):
     images, settings = image_folder(tmp_path / "images"), config(image_size=None, validation=0.3)
     finetune(checkpoint, images, tmp_path / "run", config=settings)
     shutil.copy(images / "cat" / "0.png", images / "dog" / "new.png")
-    with pytest.raises(CheckpointError, match=r"data: train was \{'images': .* and is \{'images'"):
+    with pytest.raises(CheckpointError, match=r"data: 1 image added \(dog/new.png\)"):
         finetune(checkpoint, images, tmp_path / "run", config=settings)
 
 

@@ -368,7 +368,7 @@ def test_options_may_stand_between_checkpoint_and_data(begun, capsys):
     }.items():
         err = run(capsys, *line, code=2).err
         assert message in err
-        assert err.startswith("usage: python -m mixer_jax finetune [CHECKPOINT] DATA --run FOLDER [options]\n")
+        assert err.startswith("usage: python -m mixer_jax finetune [-h] [CHECKPOINT] DATA --run FOLDER [options]\n")
         assert err.count("\n") == 2
 
 
