@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ def run_guarded(command: Callable[[], object]) -> int:
     A fault of the program itself keeps its traceback.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files go
+    logging.getLogger("asyncio").disabled = True  # Orbax's, which says at the very end what an error has said
     if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
         sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
     try:
@@ -45,7 +47,7 @@ def run_guarded(command: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class _WithoutClosedLoops:
-    """A `sys.unraisablehook` without what TensorStore's threads say of results that nobody waits for after a failure."""
+    """A `sys.unraisablehook` without what threads of TensorStore say of results that nobody waits for after a failure."""
 
     before: Callable[[Any], object]
 

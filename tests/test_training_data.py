@@ -506,7 +506,7 @@ def refused(tmp_path):
     yield (
         "a class in the test alone",
         tmp_path / "more",
-        "1 classes of the test images are not among the classes to train on: gnu",
+        "1 class of the test images not among the classes to train on: gnu: leave it out, or add images to train on",
     )
     rows = [("cat/0.png", "a"), ("dog/0.png", "b"), ("cat/9.png", "a"), ("emu/1.png", "")]
     advice = ". each line is a path, relative to this file, and a label; a header names these columns path and label"
@@ -551,7 +551,7 @@ def test_what_is_not_clear_is_refused_in_one_line(tmp_path):
 
 
 def test_labels_beyond_the_head_are_refused(folder, tmp_path):
-    with pytest.raises(CheckpointError, match="1 classes of the train images are not among the classes of the head: emu"):
+    with pytest.raises(CheckpointError, match="1 class of the train images not among the classes of the head: emu"):
         open_dataset(folder, classes=["cat", "dog"])
     with pytest.raises(CheckpointError, match="several classes of the head are called dog: give each its own name"):
         open_dataset(folder, classes=["cat", "dog", "emu", "dog"])

@@ -36,7 +36,7 @@ def changes(before: bytes, splits: Splits) -> str:
     }
     if not any(kinds.values()):  # otherwise these follow from it
         kinds = {"in another part": [name for name in both if old[name][0] != new[name][0]]}
-    texts = [f"{_count(names)} {kind} ({some(names)})" for kind, names in kinds.items() if names]
+    texts = [f"{_count(names)} {kind} ({some(sorted(names))})" for kind, names in kinds.items() if names]
     return "; ".join(texts) or "the same images, with the classes in another order"
 
 
