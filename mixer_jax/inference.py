@@ -26,7 +26,7 @@ class Forward(Generic[Output]):
         concrete = [leaf for leaf in jax.tree.leaves(nnx.state(model)) if not isinstance(leaf, jax.core.Tracer)]
         platforms = {device.platform for leaf in concrete for device in leaf.devices()}
         # A loop over stacked weights copies every block's weights; on a CPU a view of them costs nothing.
-        self._model = model.unstacked() if platforms == {"cpu"} else model
+        self._model = model.unstacked() if platforms == {"cpu"} and model.placement is None else model
         graphdef, state = nnx.split(self._model)
         self._leaves, structure = jax.tree.flatten(state)
         itemsize = jnp.dtype(model.stem.dtype or model.stem.kernel.dtype).itemsize

@@ -22,9 +22,10 @@ from jax.typing import ArrayLike, DTypeLike
 from convert import MixerConfig
 from convert.dtypes import weights_dtype
 
-from .blocks import Array, Masks, block_function, block_of, random_masks
+from .blocks import Array, Masks, as_used, block_function, block_of, random_masks
 from .hooks import check_mask, no_hook, under
 from .inputs import check_images, require_array
+from .sharding.placement import Placement
 
 Hook = Callable[[str, Array], Array]
 Randomness: TypeAlias = Array | nnx.Rngs | nnx.RngStream | None  # a key, or where to take one from
@@ -169,6 +170,7 @@ class MlpMixer(nnx.Module):
 
     labels: tuple[str, ...] | None = None
     preprocessing: str | None = None
+    placement: Placement | None = None
 
     def __init__(
         self,
@@ -212,16 +214,24 @@ class MlpMixer(nnx.Module):
         self, images: ArrayLike, *, rngs: Randomness = None, hook: Hook = no_hook, masks: Masks | None = None
     ) -> Array:
         x = self.features(images, rngs=rngs, hook=hook, masks=masks)
-        return x if self.head is None else hook("head", self.head(x))
+        return x if self.head is None else hook("head", self._used("head")(x))
 
     def features(
         self, images: ArrayLike, *, rngs: Randomness = None, hook: Hook = no_hook, masks: Masks | None = None
     ) -> Array:
         """The input of the head: the mean over tokens of the normalised output, (b, hidden)."""
-        x = hook("stem", self.stem(self.checked(images)))
+        x = hook("stem", self._used("stem")(self.checked(images)))
         x = self._run_blocks(x, self._block_keys(rngs) if masks is None else None, hook, masks)
-        x = hook("pre_head_norm", self.pre_head_norm(x))
+        x = hook("pre_head_norm", self._used("pre_head_norm")(x))
         return hook("mean", x.mean(axis=1, dtype=jnp.promote_types(x.dtype, jnp.float32)))
+
+    def _used(self, name: str) -> Any:
+        """The stem, the last norm or the head, with weights as they are computed with."""
+        module = getattr(self, name)
+        if self.placement is None:
+            return module
+        graphdef, state = nnx.split(module)
+        return nnx.merge(graphdef, as_used(self.placement, state, f"{name}/"))
 
     def _run_blocks(self, x: Array, keys: Array | None, hook: Hook, masks: Masks | None) -> Array:
         """In a loop over the stacked weights. With a hook or masks one by one, so that every array and mask has a name."""
@@ -229,13 +239,15 @@ class MlpMixer(nnx.Module):
         if plain and not isinstance(self.blocks, nnx.List):
             graphdef, state = nnx.split(self.blocks)  # jax.lax.scan, since nnx.scan fails under JAX's own transforms
             rates = None if keep_rates is None else jnp.asarray(keep_rates)
-            return jax.lax.scan(block_function(graphdef, self.remat, in_loop=True), x, (state, rates, keys))[0]
+            return jax.lax.scan(
+                block_function(graphdef, self.remat, in_loop=True, placement=self.placement), x, (state, rates, keys)
+            )[0]
         for i in range(self.config.num_blocks):
             rate = None if keep_rates is None or keep_rates[i] == 1 else float(keep_rates[i])
             key = None if keys is None else keys[i]
             if plain and self.remat:
                 graphdef, state = nnx.split(self.blocks[i])
-                x, _ = block_function(graphdef, self.remat, in_loop=False)(x, (state, rate, key))
+                x, _ = block_function(graphdef, self.remat, in_loop=False, placement=self.placement)(x, (state, rate, key))
             else:
                 own = None if key is None else random_masks(key)
                 x = self.block(i)(x, rate, own if masks is None else _checked(masks, i), hook=under(f"blocks/{i}", hook))

@@ -49,13 +49,14 @@ def load(
 
     Rates above 0 need `rngs`. `dtype`, `precision`, `rescale` and `remat` are MlpMixer's; `param_dtype` defaults to the
     file's. Dtypes are NumPy's, JAX's or PyTorch's, or their names. `sharding` places the weights: a device, a Sharding for
-    all, or a function of name ("blocks/token_mixing/dense_0/kernel") and shape.
+    all, a function of name ("blocks/token_mixing/dense_0/kernel") and shape, or a `sharding.placement.Placement`.
 
     Raises CheckpointError for everything about the file that does not fit.
     """
     from flax import nnx
 
     from .model import MlpMixer
+    from .sharding.placement import Placement
 
     if (dropout_rate or stochastic_depth_rate) and rngs is None:
         raise ValueError("dropout and stochastic depth need rngs, as in load(..., rngs=flax.nnx.Rngs(0))")
@@ -75,6 +76,8 @@ def load(
         )
     )
     _set_params(model, checkpoint, sharding)
+    if isinstance(sharding, Placement):
+        model.placement = sharding
     if rngs is not None:  # without randomness no key is needed, and none is compiled
         model.seed(rngs)
     model.labels, model.preprocessing = checkpoint.metadata.labels, checkpoint.metadata.preprocessing

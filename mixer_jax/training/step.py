@@ -51,7 +51,8 @@ def initial_state(model: MlpMixer, recipe: Recipe) -> TrainState:
     trained = {name: params[name] for name in _trained(model, recipe)}
     ema = {name: jnp.array(weight, _wide(weight.dtype), copy=True) for name, weight in trained.items()}
     opt_state = transformation(recipe, model.config.num_blocks).init(trained)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, {} if recipe.ema_decay is None else ema)
+    state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, {} if recipe.ema_decay is None else ema)
+    return state if model.placement is None else jax.device_put(state, model.placement.tree(state))
 
 
 def make_train_step(model: MlpMixer, recipe: Recipe, *, from_features: bool = False) -> TrainStep:
@@ -110,7 +111,7 @@ def with_weights(model: MlpMixer, weights: Weights) -> MlpMixer:
     """A copy of the model, in eval mode, with a state's `params` or `averaged`, in the dtypes of the model's weights."""
     other = _merged(model, {name: jnp.asarray(weights[name], old.dtype) for name, old in named_weights(model).items()})
     other.eval()
-    other.labels, other.preprocessing = model.labels, model.preprocessing
+    other.labels, other.preprocessing, other.placement = model.labels, model.preprocessing, model.placement
     return other
 
 
