@@ -95,11 +95,36 @@ def _set_params(model: "MlpMixer", checkpoint: Checkpoint, sharding: Any) -> Non
     require_same(checkpoint.arrays, shapes, checkpoint.source)
     for name, param in params.items():
         array, place = checkpoint.arrays[name], sharding(name, param.shape) if callable(sharding) else sharding
+        if isinstance(place, jax.sharding.Sharding) and place.num_devices > 1:
+            params[name] = param.replace(_split(array, place))
+            continue
         values = np.asarray(array)
         if not is_by_item(array):  # not fresh, so it may be somebody's, and on a CPU JAX shares memory with NumPy
             values = np.array(values, order="C")
         params[name] = param.replace(jax.device_put(values, place))
     nnx.update(model, nnx.from_flat_state([(tuple(name.split("/")), param) for name, param in params.items()]))
+
+
+def _split(array: Array, sharding: "jax.sharding.Sharding") -> "jax.Array":
+    """An array on several devices. Of one that is assembled from items, one item at a time is in memory beside the parts."""
+    import jax
+
+    shape = tuple(array.shape)
+    places = sharding.addressable_devices_indices_map(shape)
+    parts: dict[str, np.ndarray] = {}  # by index: devices may hold the same part
+    if is_by_item(array):
+        for i in range(shape[0]):
+            item = np.asarray(array[i])
+            for index in {str(index): index for index in places.values()}.values():
+                first, own = index[0].indices(shape[0]), item[index[1:]]
+                part = parts.setdefault(str(index), np.empty((first[1] - first[0], *own.shape), own.dtype))
+                if first[0] <= i < first[1]:
+                    part[i - first[0]] = own
+    else:
+        values = np.asarray(array)
+        parts = {str(index): np.array(values[index], order="C") for index in places.values()}
+    shards = [jax.device_put(parts[str(index)], device) for device, index in places.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def save(
