@@ -110,7 +110,7 @@ def _split(array: Array, sharding: "jax.sharding.Sharding") -> "jax.Array":
     import jax
 
     shape = tuple(array.shape)
-    places = sharding.addressable_devices_indices_map(shape)
+    places: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(shape))
     parts: dict[str, np.ndarray] = {}  # by index: devices may hold the same part
     if is_by_item(array):
         for i in range(shape[0]):
