@@ -288,12 +288,13 @@ def test_images_that_cannot_be_used_are_skipped_and_named(begun, tmp_path, capsy
     unusable = {"dog/empty.png": b"", "dog/text.png": b"no image", "cat/huge.png": enormous_png()}
     for name, content in unusable.items():
         (begun.images / name).write_bytes(content)
-    captured = run(capsys, *begun.line)
     splits = open_dataset(begun.images, validation=0.3)
-    trained = [name for name in unusable if name in splits.train.names]
-    assert trained
-    for name in trained:
+    validation = next(name for name in splits.validation.names if "pixel" not in name)
+    (begun.images / validation).write_bytes(b"no image")
+    captured = run(capsys, *begun.line)
+    for name in (*unusable, validation):
         assert captured.out.count(f"not used: {name}: ") == 1, captured.out
+    assert "4 images could not be used" in captured.out
     assert "pixel.png" not in captured.out + captured.err
     assert "pixel.png" in " ".join([*splits.train.names, *splits.validation.names])
 
