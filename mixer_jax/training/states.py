@@ -1,4 +1,8 @@
-"""Training states on disk: written by Orbax in the background, each complete or not at all, and verified when read."""
+"""Training states on disk: written by Orbax in the background, each complete or not at all, and verified when read.
+
+Every process writes the parts that it holds, and reads those that it will hold: on other devices, or under another sharding,
+a state is the same bit for bit.
+"""
 
 __all__ = ["States"]
 
@@ -7,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from convert import CheckpointError
-from convert.formats.zarr import checksum, reason
+from convert.formats.zarr import reason
 
+from ..sharding.digest import digests
 from .step import TrainState
 
 KEPT = 2
@@ -38,26 +43,32 @@ class States:
 
     def save(self, state: TrainState) -> None:
         """Start to write a state, after the state before it has been written."""
-        step, arrays = int(state.step), _by_name(state)
+        step = int(state.step)
         if step == self.newest:
             return
-        facts = {"checksums": {name: checksum(array) for name, array in arrays.items()}}
+        arrays = jax.tree.map(jnp.copy, _by_name(state))  # a compiled step takes over the memory of the state it is given
+        facts = {"digests": digests(arrays)}
         items = self._ocp.args.Composite(state=self._ocp.args.StandardSave(arrays), facts=self._ocp.args.JsonSave(facts))
         with self._explained(f"the state of step {step} cannot be saved", ADVICE):
             self._manager.save(step, args=items)
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest state, with the shapes and dtypes of another. Raises CheckpointError if it is not what was written."""
-        step, shapes = self.newest, _by_name(jax.eval_shape(lambda: like), values=False)
+        """The newest state, with the shapes, dtypes and shardings of another.
+
+        Raises CheckpointError if it is not what was written.
+        """
+        step, arrays = self.newest, _by_name(like)
+        shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in arrays.items()}
         items = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(shapes), facts=self._ocp.args.JsonRestore())
         with self._explained(f"the state of step {step} cannot be read"):
             restored = self._manager.restore(step, args=items)
-        arrays = {name: np.asarray(array) for name, array in restored["state"].items()}
-        if wrong := [name for name in arrays if checksum(arrays[name]) != restored["facts"]["checksums"].get(name)]:
-            fault = f"the state of step {step} is damaged (CRC-32): {wrong[0]}"
+        arrays = {name: restored["state"][name] for name in arrays}
+        written = restored["facts"]["digests"]
+        if wrong := [name for name, digest in digests(arrays).items() if digest != written.get(name)]:
+            fault = f"the state of step {step} is damaged (its digest is another): {wrong[0]}"
             raise CheckpointError(f"{self._folder}: {fault}: remove {self._folder / str(step)} to go on from an older state")
-        leaves = [jax.numpy.array(arrays[name]) for name in shapes]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        # Copies: a compiled step may take over their memory, which Orbax may share with others.
+        return jax.tree.unflatten(jax.tree.structure(like), [jnp.copy(array) for array in arrays.values()])
 
     def finish(self) -> None:
         """Wait until all is written. Raises CheckpointError where that failed; older states are still there."""
@@ -77,8 +88,6 @@ class States:
             raise CheckpointError(f"{self._folder}: {what}: {reason(error)}{advice}") from None
 
 
-def _by_name(state: TrainState, *, values: bool = True) -> dict[str, Any]:
-    """The arrays of a state by name, as copies: a compiled step takes over the memory of the state that it is given."""
+def _by_name(state: TrainState) -> dict[str, jax.Array]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    named = {jax.tree_util.keystr(path).replace("/", "."): leaf for path, leaf in leaves}
-    return {name: np.array(leaf) for name, leaf in named.items()} if values else named
+    return {jax.tree_util.keystr(path).replace("/", "."): leaf for path, leaf in leaves}
