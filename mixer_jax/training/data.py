@@ -177,7 +177,8 @@ class TrainingBatches:
     """Endless batches of a dataset, each epoch in another order, each image varied: batch k is `batches[k]`.
 
     Pixels are scaled as `preprocessing` does. An image that cannot be read is listed by name in `unreadable` with the reason,
-    and another one drawn in its place, the same one each time; with `on_unreadable="raise"` it is an ImageError.
+    and another one drawn in its place, the same one each time; with `on_unreadable="raise"` it is an ImageError. Of several
+    processes each reads the images of its own `rows` of a batch, and leaves the others zero.
     """
 
     dataset: Dataset
@@ -188,32 +189,34 @@ class TrainingBatches:
     preprocessing: str = "squash"
     on_unreadable: Literal["skip", "raise"] = "skip"
     threads: int | None = None
+    rows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or not 0 <= self.seed < 2**32:
             raise ValueError("batch_size must be at least 1 and seed from 0 to 2**32 - 1")
         self.unreadable: dict[str, str] = {}
+        rows = np.arange(self.batch_size) if self.rows is None else self.rows
+        self._rows = np.union1d(rows, self.batch_size - 1 - rows) if self.augmentation.mixup else rows
         self._images = epochs(len(self.dataset), self.seed).random_map(self._drawn)
 
     def __getitem__(self, step: int) -> Batch:
-        first = step * self.batch_size
-        return self._batch(step, (self._images[i] for i in range(first, first + self.batch_size)))
+        return self._batch(step, map(self._images.__getitem__, self._indices(step)))
 
     def starting_at(self, step: int) -> Generator[Batch]:
         """Batch `step` and those after it. While one is used, the images of the next are decoded in threads."""
-        import grain
-
-        threads = self.threads or cores()
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self.batch_size + threads)
-        images = iter(self._images.to_iter_dataset(options))
-        images.set_state({"next_index": step * self.batch_size})
+        threads, count = self.threads or cores(), len(self._rows)
+        indices = itertools.chain.from_iterable(map(self._indices, itertools.count(step)))
+        images = decode_ahead(self._images.__getitem__, indices, threads=threads, count=count + threads)
 
         def batch(step: int) -> Batch:
-            return self._batch(step, itertools.islice(images, self.batch_size))
+            return self._batch(step, itertools.islice(images, count))
 
         batches = decode_ahead(batch, itertools.count(step), threads=1, count=1)
         with contextlib.closing(images), contextlib.closing(batches):
             yield from batches
+
+    def _indices(self, step: int) -> list[int]:
+        return (step * self.batch_size + self._rows).tolist()
 
     def _drawn(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """The image of an index, or of another one if it cannot be read, varied; and which it is."""
@@ -236,9 +239,9 @@ class TrainingBatches:
             _zeros(self.dataset, self.batch_size, self.image_size),
             preprocessing_of(self.preprocessing, self.dataset.channels),
         )
-        for i, (pixels, index) in enumerate(drawn):
+        for i, (pixels, index) in zip(self._rows, drawn):
             batch.images[i], batch.indices[i] = scale.scaled(pixels), index
-        batch.labels[:], batch.weights[:] = self.dataset.labels[batch.indices], 1
+        batch.labels[self._rows], batch.weights[self._rows] = self.dataset.labels[batch.indices[self._rows]], 1
         if not (alpha := self.augmentation.mixup):
             return batch
         one_hot = np.zeros((self.batch_size, len(self.dataset.classes)), np.float32)
@@ -252,7 +255,8 @@ class TrainingBatches:
 class EvaluationBatches:
     """Batches with every image of a dataset once, in its order, as `preprocessing` makes it; the last one is padded.
 
-    An image that cannot be read has the weight 0, and is listed by name in `unreadable` with the reason.
+    An image that cannot be read has the weight 0, and is listed by name in `unreadable` with the reason. Of several processes
+    each reads the images of its own `rows` of a batch; the others have the weight 0, and their indices and labels.
     """
 
     dataset: Dataset
@@ -260,6 +264,7 @@ class EvaluationBatches:
     image_size: Size
     preprocessing: str = "squash"
     threads: int | None = None
+    rows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.unreadable: dict[str, str] = {}
@@ -269,14 +274,19 @@ class EvaluationBatches:
 
     def __iter__(self) -> Generator[Batch]:
         threads, scale = self.threads or cores(), preprocessing_of(self.preprocessing, self.dataset.channels)
-        images = decode_ahead(self._pixels, range(len(self.dataset)), threads=threads, count=self.batch_size + threads)
+        rows = range(self.batch_size) if self.rows is None else self.rows.tolist()
+        total, firsts = len(self.dataset), range(0, len(self.dataset), self.batch_size)
+        read = (first + row for first in firsts for row in rows if first + row < total)
+        images = decode_ahead(self._pixels, read, threads=threads, count=len(rows) + threads)
         with contextlib.closing(images):
-            for first in range(0, len(self.dataset), self.batch_size):
+            for first in firsts:
                 batch = _zeros(self.dataset, self.batch_size, self.image_size)
-                for i, pixels in enumerate(itertools.islice(images, self.batch_size)):
-                    batch.indices[i], batch.labels[i] = first + i, self.dataset.labels[first + i]
-                    if pixels is not None:
-                        batch.images[i], batch.weights[i] = scale.scaled(pixels), 1
+                used = slice(min(self.batch_size, total - first))
+                batch.indices[used] = np.arange(first, first + used.stop)
+                batch.labels[used] = self.dataset.labels[batch.indices[used]]
+                for row in (row for row in rows if row < used.stop):
+                    if (pixels := next(images)) is not None:
+                        batch.images[row], batch.weights[row] = scale.scaled(pixels), 1
                 yield batch
 
     def _pixels(self, index: int) -> np.ndarray | None:

@@ -4,7 +4,7 @@ __all__ = ["FeatureBatches", "Features", "FeaturesInOrder"]
 
 import itertools
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Features:
             values, features_of = [], compiled(model, MlpMixer.features)
             names = dataset.names
             for batch in tqdm(batches, desc=f"features, {file.stem}", unit="batch", disable=None):
-                features = np.array(features_of(batch.images))
+                placed = batch.images if model.placement is None else model.placement.put(batch.images)
+                features = np.array(features_of(placed))
                 if (wrong := batch.indices[(batch.weights == 1) & ~np.isfinite(features).all(axis=1)]).size:
                     raise CheckpointError(f"the model gives NaN or infinity for {names[wrong[0]]}")
                 features[batch.weights == 0] = np.nan
@@ -60,7 +61,7 @@ class Features:
 
 @dataclass(eq=False, kw_only=True)
 class FeaturesInOrder:
-    """Batches with the features of every image once; those of an image that cannot be read have the weight 0."""
+    """Batches with the features of every image once; the last is padded. What was not read has the weight 0."""
 
     features: Features
     batch_size: int
@@ -72,7 +73,9 @@ class FeaturesInOrder:
     def __iter__(self) -> Iterator[Batch]:
         count = len(self.features.labels)
         for first in range(0, count, self.batch_size):
-            yield self.features.batch(np.arange(first, min(first + self.batch_size, count)))
+            indices = np.arange(first, first + self.batch_size)
+            batch = self.features.batch(np.minimum(indices, count - 1))
+            yield replace(batch, weights=batch.weights * (indices < count))
 
 
 @dataclass(eq=False, kw_only=True)
