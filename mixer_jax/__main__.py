@@ -19,11 +19,12 @@ from convert.cli import (
     whole_number,
 )
 
+from .commands.device_options import add_device_options, processes_of
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .commands.model_options import ModelOptions
-
 
 Subparsers = argparse._SubParsersAction  # which argparse gives no public name
 VERBS = ("summary", "demo", "predict", "evaluate", "finetune", "parity", "draw")
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments.usage(f"unrecognized arguments: {' '.join(rest)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    return run_guarded(lambda: arguments.run(arguments))
+    processes = processes_of(vars(arguments))
+    return (run_guarded if processes is None else processes.run)(lambda: arguments.run(arguments))
 
 
 def summary(arguments: argparse.Namespace) -> None:
@@ -92,7 +94,8 @@ def finetune(arguments: argparse.Namespace) -> None:
 
     if (arguments.checkpoint is None) == (arguments.from_scratch is None):
         arguments.usage("give CHECKPOINT and DATA, or DATA and --from-scratch")
-    options = {name: getattr(arguments, name) for name in ("from_scratch", "resume", "threads", "save_minutes", "preset")}
+    names = ("from_scratch", "resume", "threads", "save_minutes", "preset", "mesh", "split_weights")
+    options = {name: getattr(arguments, name) for name in names}
     what = arguments.checkpoint, arguments.data, arguments.run_folder, config_changes(vars(arguments))
     code = run(*what, reading=reading_options(arguments), **options)
     if code:
@@ -230,6 +233,7 @@ def _add_finetune(commands: Subparsers) -> None:
     usual = "minutes from one saved state to the next, where evaluations are further apart (default: 10)"
     run("--save-minutes", type=float, default=10, metavar="N", help=usual)
     model("--from-scratch", metavar="S/32", help=scratch)
+    add_device_options(command, weights=True)
     reading = command.add_argument_group("reading the checkpoint")
     add_reading_options(reading, without=("image_size", "dtype"))  # these are the run's
 

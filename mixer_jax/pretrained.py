@@ -5,6 +5,7 @@ No weight is initialised to be thrown away, and none is set before its name, sha
 
 __all__ = ["load", "save", "to_checkpoint"]
 
+import contextlib
 import os
 import warnings
 from collections import defaultdict
@@ -138,19 +139,27 @@ def save(
     """Write a Flax model's weights with its numerics, grid, `model.labels` and `model.preprocessing`, completely or not at all.
 
     The ending of `path` decides the format; `layout` defaults to the usual one: google in .npz, timm in .safetensors and
-    .pt, flax in an Orbax folder. `dtype` casts. An existing file is replaced only with `force`.
+    .pt, flax in an Orbax folder. `dtype` casts. An existing file is replaced only with `force`. A model on devices of several
+    processes is saved by a call in all of them, and written by the first.
     """
     from .model import MlpMixer
+    from .sharding.processes import all_or_none, is_first
 
     require_model(model, path, MlpMixer, other="mixer_jax.torch_pretrained.save")
-    write(path, to_checkpoint(model), layout=layout or usual_layout(path), dtype=dtype, force=force)
+    shared = model.placement is not None and not model.placement.everywhere.is_fully_addressable
+    checkpoint = to_checkpoint(model)
+    with all_or_none() if shared else contextlib.nullcontext():
+        if is_first() or not shared:
+            write(path, checkpoint, layout=layout or usual_layout(path), dtype=dtype, force=force)
 
 
 def to_checkpoint(model: "MlpMixer") -> Checkpoint:
     """A Flax model's weights and metadata, whether its blocks are stacked or not."""
     from flax import nnx
 
-    params = [(path, np.asarray(param[...])) for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    from .sharding.processes import whole
+
+    params = [(path, whole(param[...])) for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     blocks: dict[str, list[Array]] = defaultdict(list)  # of an unstacked model, in order
     for path, array in sorted(params):
         if isinstance(path[1], int):

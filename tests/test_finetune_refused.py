@@ -383,7 +383,14 @@ def test_the_help_is_in_groups(capsys):
         run(capsys, "finetune", "--help")
     out = capsys.readouterr().out
     titles = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles[2:] == ["run:", "data and images:", "recipe:", "model:", "reading the checkpoint:"]
+    assert titles[2:] == [
+        "run:",
+        "data and images:",
+        "recipe:",
+        "model:",
+        "many devices and processes (docs/scaling.md):",
+        "reading the checkpoint:",
+    ]
     assert out.index("recipe:") < out.index("--base-rate X") < out.index("model:") < out.index("--keep-head")
 
 

@@ -16,6 +16,7 @@ from convert.identity import fingerprint
 from convert.preprocessing import PREPROCESSING_NAMES
 
 from ..preprocess import ImageError, preprocessing_of
+from ..sharding.processes import all_or_none, is_first, require_same, versions
 from ..training.config import FinetuneConfig
 from ..training.data import Dataset, Splits, open_dataset
 from ..training.freezing import trainable
@@ -36,6 +37,8 @@ def finetune(
     resume: bool = False,
     threads: int | None = None,
     save_seconds: float = 600,
+    mesh: str | None = None,
+    split_weights: bool = False,
 ) -> Any:
     """Train on the images of `data`, which `open_dataset` opens, in the folder `run`; returns the `loop.Trainer`, finished.
 
@@ -45,29 +48,34 @@ def finetune(
     where the run stopped, to the same bits. `from_scratch` is a variant with random weights in place of a checkpoint: "S/32",
     or "S/4,num_blocks=2,hidden_dim=128".
 
+    All devices are used, on the `mesh` of `sharding.placement.mesh_of` and as `Placement` says; a run goes on on any others. Of
+    several processes all call this, and the first writes the folder.
+
     Raises CheckpointError for data, weights or a folder that do not fit, and where the loss is not finite; `loop.Interrupted`
     after SIGTERM or Ctrl-C, with the state saved.
     """
     from ..training.loop import Trainer
-    from ..training.run_folder import RunFolder, require_run_or_new
+    from ..training.run_folder import FollowedRun, RunFolder, require_run_or_new
 
     config = config or FinetuneConfig()
     if (checkpoint is None) == (from_scratch is None):
         raise CheckpointError("give a checkpoint, or with from_scratch a variant to begin with random weights, not both")
-    require_run_or_new(Path(run), resume=resume)
-    model, splits, weights = _opened(checkpoint, data, config, from_scratch, reading or ReadOptions())
+    with all_or_none():
+        if is_first():
+            require_run_or_new(Path(run), resume=resume)
+        placed = {"mesh": mesh, "split_weights": split_weights}
+        model, splits, weights = _opened(checkpoint, data, config, from_scratch, reading or ReadOptions(), placed)
+        try:
+            trainable(model, config.recipe.train)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        settings = _settings(config, model, splits, weights)
+    for what, values in ({"versions": versions()} | settings).items():
+        require_same(what, values)
     try:
-        trainable(model, config.recipe.train)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    settings: dict[str, dict[str, Any]] = {
-        "config": config.as_dict(),
-        "model": asdict(model.config) | {"preprocessing": model.preprocessing, "weights": weights},
-        "data": {name: _facts(part) for name, part in vars(splits).items() if part is not None},
-        "classes": {str(i): name for i, name in enumerate(splits.train.classes)},
-    }
-    try:
-        with contextlib.closing(RunFolder(run, settings, splits, resume=resume)) as folder, silent_log():
+        with all_or_none():
+            opened = RunFolder(run, settings, splits, resume=resume) if is_first() else FollowedRun(run)
+        with contextlib.closing(opened) as folder, silent_log():
             options: dict[str, Any] = {"threads": threads, "save_seconds": save_seconds}
             trainer = Trainer(model=model, splits=splits, config=config, folder=folder, **options)
             trainer.run()
@@ -91,6 +99,8 @@ def run(
     resume: bool,
     threads: int | None,
     save_minutes: float,
+    mesh: str | None = None,
+    split_weights: bool = False,
 ) -> int:
     """The command `finetune`: print how it went. The exit code: 0, or that of a signal."""
     from ..training.loop import Interrupted
@@ -100,7 +110,7 @@ def run(
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     options: dict[str, Any] = {"from_scratch": from_scratch, "reading": reading, "resume": resume, "threads": threads}
-    options["save_seconds"] = 60 * save_minutes
+    options |= {"save_seconds": 60 * save_minutes, "mesh": mesh, "split_weights": split_weights}
     try:
         trainer = finetune(checkpoint, data, folder, config=config, **options)
     except Interrupted as stop:
@@ -121,12 +131,13 @@ def _opened(
     config: FinetuneConfig,
     variant: str | None,
     reading: ReadOptions,
+    placed: Mapping[str, Any],
 ) -> tuple[Any, Splits, str]:
     """The model to begin with, the images, and what identifies the weights. What is read fastest is checked first."""
     from flax import nnx
 
     from ..model import MlpMixer
-    from ..pretrained import load
+    from ..pretrained import load, to_checkpoint
 
     options: dict[str, Any] = {"validation": config.validation, "seed": config.seed}
     how: dict[str, Any] = {"dropout_rate": config.dropout_rate, "stochastic_depth_rate": config.stochastic_depth_rate}
@@ -137,6 +148,8 @@ def _opened(
         mixer = mixer.replace(num_classes=len(splits.train.classes), in_channels=splits.train.channels)
         model = MlpMixer(mixer, **how)
         model.labels, model.preprocessing = splits.train.classes, "squash"
+        if (sharding := _placement(mixer, config, **placed)) is not None:
+            model = load(to_checkpoint(model), sharding=sharding, **how)
         return model, splits, f"random, {variant}"
     options["contents"] = read_parts(data)
     checkpoint = source if isinstance(source, Checkpoint) else read(str(source), reading)
@@ -153,7 +166,25 @@ def _opened(
     if not config.keep_head:
         unlabelled = checkpoint.with_metadata(labels=None).without_head()
         checkpoint = unlabelled.with_classes(len(splits.train.classes)).with_metadata(labels=splits.train.classes)
+    how["sharding"] = _placement(checkpoint.config, config, **placed)
     return load(checkpoint.with_metadata(preprocessing=preprocessing), **how), splits, identity
+
+
+def _placement(mixer: MixerConfig, config: FinetuneConfig, *, mesh: str | None, split_weights: bool) -> Any:
+    """On all devices; None where there is one, and nothing was asked for."""
+    import jax
+
+    from ..sharding.placement import Placement, mesh_of
+
+    if mesh is None and not split_weights and jax.device_count() == 1:
+        return None
+    if config.cache_features and jax.process_count() > 1:
+        raise CheckpointError("cache_features is for one process: leave it out, or train the head in one")
+    microbatch = config.batch_size // config.recipe.accumulation
+    try:
+        return Placement.checked(mesh_of(mesh), mixer, split_weights=split_weights, batch_size=microbatch)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _training_preprocessing(checkpoint: Checkpoint, *, explicit: bool) -> str:
@@ -175,6 +206,16 @@ def _scratch_config(text: str, config: FinetuneConfig) -> MixerConfig:
         return MixerConfig.named(name, image_size=config.image_size or (224, 224)).replace(**sizes)
     except ValueError as error:
         raise CheckpointError(f"from_scratch {text!r}: {error}") from None
+
+
+def _settings(config: FinetuneConfig, model: Any, splits: Splits, weights: str) -> dict[str, dict[str, Any]]:
+    """All that decides the result, in groups."""
+    return {
+        "config": config.as_dict(),
+        "model": asdict(model.config) | {"preprocessing": model.preprocessing, "weights": weights},
+        "data": {name: _facts(part) for name, part in vars(splits).items() if part is not None},
+        "classes": {str(i): name for i, name in enumerate(splits.train.classes)},
+    }
 
 
 def _facts(part: Dataset) -> dict[str, Any]:

@@ -88,6 +88,15 @@ class Placement:
     def everywhere(self) -> NamedSharding:
         return NamedSharding(self.mesh, P())
 
+    def put(self, batch: np.ndarray) -> jax.Array:
+        """A batch split over data, of which this process needs to have its own `rows` alone."""
+        return jax.make_array_from_callback(batch.shape, self.images, lambda index: batch[index])
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a batch that devices of this process hold."""
+        indices = self.images.addressable_devices_indices_map((batch_size,)).values()
+        return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
     def used(self, name: str, weight: jax.Array) -> jax.Array:
         """A weight as it is computed with: gathered over data. Its gradient is split again where it arises."""
         if not self.split_weights:

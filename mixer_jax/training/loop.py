@@ -24,15 +24,17 @@ from convert import CheckpointError
 from ..evaluation import Accuracy, Evaluation, best_classes
 from ..model import MlpMixer
 from ..pretrained import load, save
+from ..sharding.processes import exchanged, is_first, of_first
 from .config import FinetuneConfig
 from .data import EvaluationBatches, Splits, TrainingBatches
 from .features import FeatureBatches, Features, FeaturesInOrder
 from .freezing import named_weights
-from .run_folder import RunFolder
+from .run_folder import FollowedRun, RunFolder
 from .states import States
 from .step import TrainState, initial_state, make_train_step, with_weights
 
 STATES, BEST, LAST, FEATURES = "states", "best", "last", "features"
+ASK_EVERY = 10  # steps after which several processes ask each other whether to save or to stop
 
 
 class Interrupted(Exception):
@@ -49,13 +51,14 @@ class Trainer:
 
     At step k: train, evaluate, write the weights, and last of all the state. So a process that is killed anywhere goes on from
     a state whose rows and weights are all there, and does what comes after it again, to the same bits. A state is saved at
-    each evaluation, and where these are further apart every `save_seconds`.
+    each evaluation, and where these are further apart every `save_seconds`. Where the model is placed on a mesh, so is all
+    else; of several processes each runs this, decodes its own images, and writes its own part of the states.
     """
 
     model: MlpMixer
     splits: Splits
     config: FinetuneConfig
-    folder: RunFolder
+    folder: RunFolder | FollowedRun
     threads: int | None = None
     save_seconds: float = 600
 
@@ -100,6 +103,7 @@ class Trainer:
         """The newest state, with the metrics up to it; or the first one, evaluated."""
         state = initial_state(self.model, self.config.recipe)
         self.folder.keep_until(states.newest)
+        self.folder.rows = of_first(self.folder.rows)
         if states.newest is not None:
             return states.restore(state)
         self._evaluate(state, states)
@@ -114,24 +118,34 @@ class Trainer:
         computing: deque[tuple[int, dict[str, jax.Array]]] = deque()
         with contextlib.ExitStack() as stack:
             batches = stack.enter_context(contextlib.closing(self._batches.starting_at(first)))
-            bar = stack.enter_context(tqdm(total=total, initial=first, desc="training", unit="step", disable=None))
+            hidden = None if is_first() else True
+            bar = stack.enter_context(tqdm(total=total, initial=first, desc="training", unit="step", disable=hidden))
             for k in range(first + 1, total + 1):
                 batch = next(batches)
-                state, metrics = step(state, batch.images, batch.labels, key)
+                state, metrics = step(state, self._placed(batch.images), self._placed(batch.labels), key)
                 computing.append((k, metrics))
                 evaluating = k % self.config.evaluate_every == 0 or k == total
-                saving = evaluating or stopping.signal or time.monotonic() - self._saved_at > self.save_seconds
+                signal, due = self._asked(k, stopping)
+                saving = evaluating or signal or due
                 while len(computing) > (0 if saving else 1):
                     self._note(*computing.popleft(), bar)
                 if evaluating:
                     self._evaluate(state, states)
                 elif saving:
                     self._save(state, states)
-                if stopping.signal:
+                if signal:
                     self.folder.draw()
                     states.finish()
-                    raise Interrupted(stopping.signal)
+                    raise Interrupted(signal)
         self._end(states)
+
+    def _asked(self, k: int, stopping: "_Stopping") -> tuple[int, bool]:
+        """The signal that stops the run, and whether a state is due by time. Of several processes any can say so."""
+        due = time.monotonic() - self._saved_at > self.save_seconds
+        if jax.process_count() == 1:
+            return stopping.signal, due
+        answers = exchanged([stopping.signal, due]) if k % ASK_EVERY == 0 else [[0, False]]
+        return max(signal for signal, _ in answers), any(due for _, due in answers)
 
     def _note(self, k: int, metrics: dict[str, jax.Array], bar: Any) -> None:
         """Add a step's metrics, or stop at once where they are not finite."""
@@ -177,14 +191,13 @@ class Trainer:
         """Score the best weights on the test images, once."""
         states.finish()
         row: dict[str, Any] = {"step": self.config.recipe.total_steps, "best_step": self.best_row["step"]}
-        best = named_weights(load(self.folder.path / BEST))
+        best = named_weights(load(self.folder.path / BEST, sharding=self.model.placement))
         evaluation, loss = self.evaluated(best, "validation" if self.splits.test is None else "test")
         if self.splits.test is not None:
             row |= _row("test", evaluation.top1, loss)
         self.folder.draw(evaluation)
-        self.folder.add(row)
-        self.folder.write_table()
-        unreadable = self._unreadable | self._batches.unreadable
+        self.folder.add(row, last=True)
+        unreadable = _merged(exchanged(self._unreadable | self._batches.unreadable))
         for name, error in sorted(unreadable.items()):
             tqdm.write(f"not used: {name}: {error}")
         if unreadable:
@@ -194,26 +207,34 @@ class Trainer:
         """What weights get right of a part of the images, as `evaluate` sees them; and the mean softmax cross-entropy."""
         labels, logits, batches = [], [], self._in_order(part)
         for batch in batches:
-            used = batch.weights > 0
+            output, read = self._logits(weights, self._placed(batch.images), self._placed(batch.weights))
+            used = np.asarray(read) > 0
             labels.append(batch.labels[used])
-            logits.append(np.asarray(self._logits(weights, jnp.asarray(batch.images)), np.float64)[used])
-        self._unreadable |= batches.unreadable
+            logits.append(np.asarray(output, np.float64)[used])
+        unreadable = _merged(exchanged(batches.unreadable))
+        self._unreadable |= unreadable
         true, outputs = np.concatenate(labels), np.concatenate(logits)
         if not len(true):
-            name, error = next(iter(sorted(batches.unreadable.items())))
+            name, error = next(iter(sorted(unreadable.items())))
             fault = f"none of the {part} images can be used, such as {name}: {error}"
             raise CheckpointError(f"{self.folder.path}: {fault}")
         loss = float((logsumexp(outputs, axis=1) - outputs[np.arange(len(true)), true]).mean())
         names, preprocessing = self.splits.train.classes, str(self.model.preprocessing)
-        return Evaluation(names, preprocessing, "label", true, best_classes(outputs), batches.unreadable), loss
+        return Evaluation(names, preprocessing, "label", true, best_classes(outputs), unreadable), loss
 
     @cached_property
-    def _logits(self) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
-        def logits(weights: dict[str, Any], images: jax.Array) -> jax.Array:
-            model = with_weights(self.model, weights)
-            return model.head(images) if self.config.cache_features else model(images)  # type: ignore[misc]
+    def _logits(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """Logits of a batch, and which of its images were read, in every process."""
+        placement = self.model.placement
 
-        return jax.jit(logits)
+        def logits(weights: dict[str, Any], images: jax.Array, read: jax.Array) -> tuple[jax.Array, jax.Array]:
+            model = with_weights(self.model, weights)
+            return model.head(images) if self.config.cache_features else model(images), read  # type: ignore[misc]
+
+        return jax.jit(logits, out_shardings=None if placement is None else placement.everywhere)
+
+    def _placed(self, array: np.ndarray) -> jax.Array:
+        return jnp.asarray(array) if self.model.placement is None else self.model.placement.put(array)
 
     @cached_property
     def _batches(self) -> TrainingBatches | FeatureBatches:
@@ -221,12 +242,14 @@ class Trainer:
         if self.config.cache_features:
             return FeatureBatches(features=self._features("train"), batch_size=size, seed=seed)
         options = self._images | {"augmentation": self.config.augmentation, "batch_size": size, "seed": seed}
+        options["rows"] = self._rows(size)
         return TrainingBatches(dataset=self.splits.train, **options)
 
     def _in_order(self, part: str) -> EvaluationBatches | FeaturesInOrder:
         if self.config.cache_features:
             return FeaturesInOrder(features=self._features(part), batch_size=self.config.batch_size)
-        return EvaluationBatches(dataset=getattr(self.splits, part), **self._images)
+        rows = self._rows(self._images["batch_size"])
+        return EvaluationBatches(dataset=getattr(self.splits, part), rows=rows, **self._images)
 
     def _features(self, part: str) -> Features:
         file = self.folder.path / FEATURES / f"{part}.npy"
@@ -240,6 +263,14 @@ class Trainer:
             "preprocessing": self.model.preprocessing,
             "threads": self.threads,
         }
+
+    def _rows(self, batch_size: int) -> np.ndarray | None:
+        """Those of a batch that this process reads; None for all."""
+        return None if self.model.placement is None else self.model.placement.rows(batch_size)
+
+
+def _merged(dicts: list[dict[str, str]]) -> dict[str, str]:
+    return {name: text for each in dicts for name, text in each.items()}
 
 
 def _row(part: str, accuracy: Accuracy, loss: float) -> dict[str, Any]:

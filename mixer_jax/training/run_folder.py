@@ -1,6 +1,6 @@
 """The folder of a run: its config, its metrics, its states, and the weights that come out of it."""
 
-__all__ = ["RunFolder"]
+__all__ = ["FollowedRun", "RunFolder"]
 
 import contextlib
 import csv
@@ -94,13 +94,16 @@ class RunFolder:
         _write(file, "".join(map(_line, self.rows)))
         self._events = Events(self.path / EVENTS, 0 if step is None else step + 1)
 
-    def add(self, row: Row) -> None:
-        """Append a row of metrics."""
+    def add(self, row: Row, *, last: bool = False) -> None:
+        """Append a row of metrics. With the `last` one in metrics.jsonl a run is finished, so all else is written before it."""
         self.rows.append(row)
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(_line(row))
         values = {name.replace("_", "/", 1): value for name, value in row.items() if name != "step"}
         self._events.add(row["step"], values)
+        if last:
+            self.flush()
+            self.write_table()
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(_line(row))
 
     def flush(self) -> None:
         """Hand all events to the file system: before a state is saved, since none before it is written again."""
@@ -128,6 +131,27 @@ class RunFolder:
         with contextlib.suppress(AttributeError, OSError):  # none yet; a full disk, which has been said
             self._events.close()
         self._lock.release()
+
+
+class FollowedRun:
+    """A run's folder in a process that does not write it: the same rows, in memory."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.rows: list[Row] = []
+
+    def add(self, row: Row, *, last: bool = False) -> None:
+        self.rows.append(row)
+
+    def keep_until(self, step: int | None) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def write_table(self) -> None: ...
+
+    def draw(self, confusion: Evaluation | None = None) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def require_run_or_new(path: Path, *, resume: bool) -> bool:
