@@ -18,8 +18,8 @@ from .io import ReadOptions
 from .preprocessing import PREPROCESSING_NAMES, canonical
 
 
-def run_guarded(command: Callable[[], object]) -> int:
-    """Run a command: 0, or 1 after `error: ...` on standard error, or 130 and 143 after Ctrl-C and SIGTERM.
+def run_guarded(command: Callable[[], int | None]) -> int:
+    """Run a command: its own exit code, or 1 after `error: ...` on standard error, or 130 and 143 after Ctrl-C and SIGTERM.
 
     A fault of the program itself keeps its traceback.
     """
@@ -30,7 +30,7 @@ def run_guarded(command: Callable[[], object]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-            command()
+            return command() or 0
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CheckpointError, OSError, ImportError) as error:

@@ -19,7 +19,7 @@ from convert.cli import (
     whole_number,
 )
 
-from .commands.device_options import add_device_options, processes_of
+from .commands.device_options import DEVICE_OPTIONS, add_device_options, processes_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,7 +88,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     run(_model_options(arguments), arguments.folder, **options)
 
 
-def finetune(arguments: argparse.Namespace) -> None:
+def finetune(arguments: argparse.Namespace) -> int:
     from .commands.config_options import config_changes
     from .commands.finetune import run
 
@@ -97,12 +97,10 @@ def finetune(arguments: argparse.Namespace) -> None:
     names = ("from_scratch", "resume", "threads", "save_minutes", "preset", "mesh", "split_weights")
     options = {name: getattr(arguments, name) for name in names}
     what = arguments.checkpoint, arguments.data, arguments.run_folder, config_changes(vars(arguments))
-    code = run(*what, reading=reading_options(arguments), **options)
-    if code:
-        sys.exit(code)
+    return run(*what, reading=reading_options(arguments), **options)
 
 
-def parity(arguments: argparse.Namespace) -> None:
+def parity(arguments: argparse.Namespace) -> int:
     if arguments.images:
         refuse_ignored(arguments, ["count"], "is for noise, and --images names the images; leave out one of them")
     else:
@@ -116,12 +114,13 @@ def parity(arguments: argparse.Namespace) -> None:
         a, b = (implementation_of(text, exact=arguments.exact) for text in (arguments.a, arguments.b))
     except ValueError as error:
         arguments.usage(str(error))
-    names = ("other", "images", "seed", "draws", "explain", "exact", "predict_devices", "html", "force")
+    if "flax" not in (a.name, b.name):
+        refuse_ignored(arguments, DEVICE_OPTIONS, "is for flax, and neither implementation is")
+    names = ("other", "images", "seed", "draws", "explain", "exact", "predict_devices", "html", "force", "mesh")
     options = {name: getattr(arguments, name) for name in names}
     report = parity(arguments.source, a=a, b=b, count=arguments.count or 1, reading=reading_options(arguments), **options)
     print(json.dumps(as_dict(report)) if arguments.json else as_text(report))
-    if not report.passed:
-        sys.exit(1)
+    return 0 if report.passed else 1
 
 
 def draw(arguments: argparse.Namespace) -> None:
@@ -146,7 +145,10 @@ def draw(arguments: argparse.Namespace) -> None:
 def _model_options(arguments: argparse.Namespace) -> "ModelOptions":
     from .commands.model_options import ModelOptions
 
-    options = {name: getattr(arguments, name) for name in ("source", "implementation", "labels", "batch_size", "threads")}
+    if arguments.implementation == "torch":
+        refuse_ignored(arguments, DEVICE_OPTIONS, "is for --implementation flax")
+    names = ("source", "implementation", "labels", "batch_size", "threads", "mesh")
+    options = {name: getattr(arguments, name) for name in names}
     return ModelOptions(reading=reading_options(arguments), use_exif=arguments.exif, **options)
 
 
@@ -164,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: Subparsers, run: Callable[[argparse.Namespace], None], help: str, *, example: str | None = None
+    commands: Subparsers, run: Callable[[argparse.Namespace], int | None], help: str, *, example: str | None = None
 ) -> argparse.ArgumentParser:
     epilog = f"example: python -m mixer_jax {example}" if example else None
     command = commands.add_parser(run.__name__, help=help, epilog=epilog)
@@ -269,6 +271,7 @@ def _add_parity(commands: Subparsers) -> None:
     command.add_argument("--json", action="store_true", help="print one line of JSON")
     command.add_argument("--html", type=Path, metavar="OUT.html", help="write the report as one page")
     command.add_argument("--force", action="store_true", help="replace OUT.html")
+    add_device_options(command)
     add_reading_options(command)
     command.set_defaults(run=parity, usage=command.error)
 
@@ -300,6 +303,7 @@ def _add_image_options(command: argparse.ArgumentParser, *, exif: bool) -> None:
         help=f"rotate images by their EXIF orientation (default: {'yes' if exif else 'no, as published evaluations do'})",
     )
     command.add_argument("--implementation", choices=names, default="flax", help="model that computes (default: flax)")
+    add_device_options(command)
     add_reading_options(command)
 
 

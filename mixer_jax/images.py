@@ -9,9 +9,11 @@ __all__ = [
     "images_in",
     "require_images",
     "run_on_images",
+    "summary_of",
 ]
 
 import contextlib
+import hashlib
 import io
 import itertools
 import os
@@ -126,8 +128,12 @@ def forward_of(model: Any) -> tuple[Forward, int]:
     if torch is None or not isinstance(model, torch.nn.Module):
         from .inference import compiled
 
-        device = next(iter(model.stem.kernel[...].devices()))
-        return compiled(model, _outputs), 8 if device.platform == "cpu" else 64
+        device, placement = next(iter(model.stem.kernel[...].devices())), model.placement
+        usual_batch_size = 8 if device.platform == "cpu" else 64
+        if placement is None:
+            return compiled(model, _outputs), usual_batch_size
+        placed = compiled(model, lambda model, images: placement.gathered(_outputs(model, images)))
+        return lambda images: placed(placement.put(images)), usual_batch_size
     if model.training:
         raise ValueError("the PyTorch model is in training mode: call model.eval() first")
     weight = model.stem.proj.weight
@@ -211,6 +217,11 @@ def images_in(folder: str | os.PathLike[str]) -> list[str]:
             paths += [os.path.join(root, name) for name in sorted(files) if not name.startswith(".")]
         visited.add(real)
     return [path for path in paths if os.path.splitext(path)[1].lower() in endings] + unlisted
+
+
+def summary_of(paths: Sequence[str]) -> dict[str, Any]:
+    """What tells whether two lists of images are the same."""
+    return {"number of images": len(paths), "sha256": hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()}
 
 
 def class_folders(folder: str | os.PathLike[str]) -> dict[str, list[str]]:

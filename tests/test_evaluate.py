@@ -258,9 +258,9 @@ def test_published_accuracy_stands_beside_a_file_of_that_size():
 
 
 def test_exif_is_ignored_as_in_published_evaluations_unless_asked_for(model, tmp_path, capfd, monkeypatch):
-    folder, values, real = images(tmp_path / "val", each=1), [], evaluate.run_on_images
+    folder, values, real = images(tmp_path / "val", each=1), [], evaluate.run_on_rows
     recording = lambda *a, **options: values.append(options["use_exif"]) or real(*a, **options)  # noqa: E731
-    monkeypatch.setattr(evaluate, "run_on_images", recording)
+    monkeypatch.setattr(evaluate, "run_on_rows", recording)
     for option in ([], ["--exif"]):
         command(capfd, model, folder, *option)
     assert values == [False, True]

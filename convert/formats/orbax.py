@@ -56,8 +56,13 @@ def write(path: Path, arrays: Arrays, metadata: Mapping[str, Any]) -> None:
     checksums = {name: checksum(array) for name, array in values.items()}
     entries = {OUR_KEY: dict(metadata), "checksums": checksums} | SIGNATURE
     items = ocp.args.Composite(params=ocp.args.StandardSave(nested(values)), metadata=ocp.args.JsonSave(entries))
+    own = ocp.multihost.process_index()  # of several processes this one writes, and waits for no other
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
+    )
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
     try:
-        with silent_log(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with silent_log(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save(path.absolute(), args=items)
     except Exception as error:  # Orbax and TensorStore raise whatever was underneath
         raise OSError(f"Orbax cannot write it: {reason(error)}") from None

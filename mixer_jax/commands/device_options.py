@@ -1,6 +1,6 @@
 """The options of commands that run on many devices, and as one of several processes."""
 
-__all__ = ["add_device_options", "processes_of"]
+__all__ = ["DEVICE_OPTIONS", "add_device_options", "processes_of"]
 
 import argparse
 from collections.abc import Mapping
@@ -10,6 +10,8 @@ from convert.cli import whole_number
 
 if TYPE_CHECKING:
     from ..sharding.joining import Processes
+
+DEVICE_OPTIONS = ("mesh", "coordinator", "processes", "process", "cluster")
 
 
 def add_device_options(command: argparse.ArgumentParser, *, weights: bool = False) -> None:

@@ -20,11 +20,13 @@ from convert.identity import same_sizes
 from convert.published import KNOWN, published_file
 
 from ..evaluation import Evaluation, RealLabels, best_classes
-from ..images import class_folders, forward_of, run_on_images
+from ..images import class_folders, summary_of
 from ..labels import IMAGENETS, Labels, class_names, imagenet_synsets
 from ..pictures.confusion import draw_confusion
 from ..pictures.files import check_path, require_matplotlib, save
 from ..preprocess import preprocessing_name
+from ..sharding.processes import all_or_none, is_first, require_same
+from ..sharding.replicas import run_on_rows
 from .model_options import ModelOptions
 from .real_labels import real_labels, require_imagenet
 
@@ -51,7 +53,6 @@ def evaluate(
     Raises CheckpointError if it is not clear which class a folder is, if no image can be used, and if ReaL labels do not fit.
     """
     preprocessing, config = preprocessing_name(model, preprocessing), model.config
-    forward, usual_batch_size = forward_of(model)
     if not config.num_classes:
         raise CheckpointError("the model has no head, so no classes to evaluate")
     labels = class_names(config.num_classes, labels or model.labels)
@@ -65,8 +66,8 @@ def evaluate(
     if real is not None:
         require_imagenet(index, config.num_classes, str(folder))
         by_real = real_labels(real, [path for path, _ in images])
-    settings: Any = {"batch_size": batch_size or usual_batch_size, "threads": threads, "use_exif": use_exif}
-    results = run_on_images(forward, config, [path for path, _ in images], [preprocessing], **settings)
+    settings: Any = {"batch_size": batch_size, "threads": threads, "use_exif": use_exif}
+    results = run_on_rows(model, [path for path, _ in images], [preprocessing], **settings)
     true, best, right, unreadable = [], [], [], {}
     with contextlib.closing(results):
         each = zip(results, images, by_real)
@@ -138,23 +139,27 @@ def run(
     if confusion:
         require_matplotlib()
         check_path(confusion, force=force)
-    folders = class_folders(folder)  # its faults before the model's
-    if real:
-        real_labels(real, [path for paths in folders.values() for path in paths])
-    model = options.load()
+    with all_or_none():
+        folders = class_folders(folder)  # its faults before the model's
+        listed = [path for paths in folders.values() for path in paths]
+        if real:
+            real_labels(real, listed)
+        model = options.load()
+    require_same("list of images", summary_of(listed))
     evaluation = evaluate(model, folder, real=real, **options.running())
-    for path, error in evaluation.unreadable.items():
+    for path, error in evaluation.unreadable.items() if is_first() else ():
         print(f"{path}: {error}", file=sys.stderr)
     published = published_accuracy(options.source, model.config, evaluation.matched_by)
     if as_json:
         print(json.dumps({"file": options.source, "folder": folder, "published": published} | evaluation.as_dict()))
     else:
         print("\n".join(_text(evaluation) + published))
-    if confusion:
-        save(draw_confusion(evaluation, title=Path(options.source).name), confusion, force=force)
-    if unreadable := len(evaluation.unreadable):
-        total = unreadable + evaluation.top1.images
-        raise CheckpointError(f"{unreadable} of {total} images could not be used, named above; they count neither way")
+    with all_or_none():
+        if confusion and is_first():
+            save(draw_confusion(evaluation, title=Path(options.source).name), confusion, force=force)
+        if unreadable := len(evaluation.unreadable):
+            total = unreadable + evaluation.top1.images
+            raise CheckpointError(f"{unreadable} of {total} images could not be used, named above; they count neither way")
 
 
 def published_accuracy(source: str, config: MixerConfig, matched_by: str) -> list[str]:

@@ -24,9 +24,10 @@ class ModelOptions:
     batch_size: int | None = None
     threads: int | None = None
     use_exif: bool = True
+    mesh: str | None = None
 
     def load(self) -> Any:
-        """The Flax or PyTorch model, with the labels of these options."""
+        """The Flax or PyTorch model, with the labels of these options; on several devices, Replicas."""
         checkpoint = read(self.source, self.reading)
         channels, classes = checkpoint.config.in_channels, checkpoint.config.num_classes
         if checkpoint.dtype == np.float64:
@@ -43,9 +44,12 @@ class ModelOptions:
             from ..torch_pretrained import load as load_torch
 
             return load_torch(checkpoint)
-        from ..pretrained import load
+        import jax
 
-        return load(checkpoint)
+        from ..pretrained import load
+        from ..sharding.replicas import Replicas
+
+        return load(checkpoint) if self.mesh is None and jax.device_count() == 1 else Replicas.load(checkpoint, self.mesh)
 
     def running(self) -> dict[str, Any]:
         """The keywords that `predict` and `evaluate` have in common."""

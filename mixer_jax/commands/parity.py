@@ -4,6 +4,7 @@ __all__ = ["parity"]
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..parity.html import as_html
 from ..parity.implementations import Implementation
 from ..parity.report import EXTRAS, ParityReport, parity_report
 from ..parity.tolerance import Simulation
+from ..sharding.processes import is_first
 
 
 def parity(
@@ -36,15 +38,18 @@ def parity(
     html: Path | None = None,
     force: bool = False,
     reading: ReadOptions = ReadOptions(),
+    mesh: str | None = None,
 ) -> ParityReport:
     """Compare `a` on a file with `b` on `other`, or on the same file; `a` and `b` may be written as "torch:gpu:bfloat16".
 
     The input is `images`, preprocessed as each file's metadata or `reading` names it, or else `count` images of noise.
-    `explain`, `exact` (float64 only) and `predict_devices` add parts to the report; `html` is a page to write.
+    `explain`, `exact` (float64 only) and `predict_devices` add parts to the report; `html` is a page to write. The Flax model
+    computes on a `mesh` such as "data=2,model=4", where it is given; of several processes all call this.
     """
     if html:
         check_writable(html, force=force)
     a, b = (implementation_of(i, exact=exact) for i in (a, b))
+    a, b = (replace(i, mesh=mesh) if i.name == "flax" else i for i in (a, b))
     paths = require_images(images) if images else []
     checkpoint = read(source, reading)
     second = None if other is None else read(other, reading)
@@ -66,7 +71,7 @@ def parity(
         simulation=Simulation(draws, seed),
         extras=[name for name, wanted in zip(EXTRAS, (explain, exact, predict_devices)) if wanted],
     )
-    if html:
+    if html and is_first():
         write_page(html, as_html(report), force=force)
     return report
 

@@ -18,9 +18,11 @@ from tqdm import tqdm
 from convert import CheckpointError
 from convert.atomic import atomic_write, check_writable
 
-from ..images import NONE_LISTED, ImageResult, find_images, forward_of, missing, run_on_images
+from ..images import NONE_LISTED, ImageResult, find_images, missing, summary_of
 from ..labels import Labels, class_names
 from ..preprocess import preprocessing_name, preprocessing_of
+from ..sharding.processes import all_or_none, is_first, require_same
+from ..sharding.replicas import run_on_rows
 from .model_options import ModelOptions
 
 Images = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -78,10 +80,9 @@ def predict(
 def _results(
     model: Any, images: Images, preprocessings: Sequence[str], batch_size: int | None, threads: int | None, use_exif: bool
 ) -> Iterator[ImageResult]:
-    forward, usual_batch_size = forward_of(model)
     paths, empty = find_images(os.fspath(image) for image in ([images] if isinstance(images, str | os.PathLike) else images))
-    options: Any = {"batch_size": batch_size or usual_batch_size, "threads": threads, "use_exif": use_exif}
-    return itertools.chain(run_on_images(forward, model.config, paths, preprocessings, **options), empty)
+    options: Any = {"batch_size": batch_size, "threads": threads, "use_exif": use_exif}
+    return itertools.chain(run_on_rows(model, paths, preprocessings, **options), empty)
 
 
 def best_classes(logits: np.ndarray, top: int, labels: Labels | None) -> tuple[ClassScore, ...]:
@@ -104,30 +105,33 @@ def run(
     force: bool = False,
 ) -> None:
     """The command `predict`: print every prediction, and write features to a .npy file, NaN for an unreadable image."""
-    if features:
-        if features.suffix != ".npy":
-            raise CheckpointError(f"{features}: features are written as .npy: give a name with that ending")
-        check_writable(features, force=force)
-    paths, failed = find_images(images)
-    total = len(paths) + len(failed)
-    failed += missing(paths)
-    if not total:
-        raise CheckpointError(NONE_LISTED)
-    for result in failed:
-        _print_error(result, as_json)
-    if len(failed) == total:
-        raise CheckpointError(f"{total} of {total} could not be used, named above")
-    model = options.load()
-    classes, reported = model.config.num_classes, {result.path for result in failed}
-    if not classes and (not features or top or options.labels):
-        raise CheckpointError(
-            f"{options.source}: has no head, so no classes: ask for --features OUT.npy, without --top and --labels"
-        )
-    preprocessings = [preprocessing_name(model, name) for name in ([None, against] if against else [None])]
-    report = Report(preprocessings, class_names(classes, model.labels), top or 5, as_json)
+    with all_or_none():
+        if features:
+            if features.suffix != ".npy":
+                raise CheckpointError(f"{features}: features are written as .npy: give a name with that ending")
+            check_writable(features, force=force)
+        paths, failed = find_images(images)
+        total = len(paths) + len(failed)
+        failed += missing(paths)
+        if not total:
+            raise CheckpointError(NONE_LISTED)
+        for result in failed:
+            _print_error(result, as_json)
+        if len(failed) == total:
+            raise CheckpointError(f"{total} of {total} could not be used, named above")
+        model = options.load()
+        classes, reported = model.config.num_classes, {result.path for result in failed}
+        if not classes and (not features or top or options.labels):
+            raise CheckpointError(
+                f"{options.source}: has no head, so no classes: ask for --features OUT.npy, without --top and --labels"
+            )
+        preprocessings = [preprocessing_name(model, name) for name in ([None, against] if against else [None])]
+        report = Report(preprocessings, class_names(classes, model.labels), top or 5, as_json)
+    require_same("list of images", summary_of(paths))
     results, shape = _results(model, paths, preprocessings, **options.running()), (len(paths), model.config.hidden_dim)
-    with _npy_file(features, shape, force) if features else contextlib.nullcontext() as file:
-        for result in tqdm(results, total=len(paths), desc="images", unit="image", disable=None):
+    hidden, writes = None if is_first() else True, features and is_first()
+    with _npy_file(features, shape, force) if features and writes else contextlib.nullcontext() as file:
+        for result in tqdm(results, total=len(paths), desc="images", unit="image", disable=hidden):
             if file:
                 row = np.full(shape[1], np.nan) if result.error else result.features[0]
                 file.write(row.astype("<f4").tobytes())
@@ -137,8 +141,9 @@ def run(
             elif result.error is None and classes:
                 report.add(result)
     report.end()
-    if failed:
-        raise CheckpointError(f"{len(failed)} of {total} could not be used, named above")
+    with all_or_none():
+        if failed:
+            raise CheckpointError(f"{len(failed)} of {total} could not be used, named above")
 
 
 class Report:
@@ -184,7 +189,8 @@ class Report:
 
 
 def _print_error(result: ImageResult, as_json: bool) -> None:
-    tqdm.write(f"{result.path}: {result.error}", file=sys.stderr)
+    if is_first():
+        tqdm.write(f"{result.path}: {result.error}", file=sys.stderr)
     if as_json:
         tqdm.write(json.dumps({"image": result.path, "error": result.error}))
 

@@ -34,13 +34,15 @@ class Implementation:
     """An implementation on a device: `name` is "flax", "torch", "timm" or "numpy", the NumPy model in float64 on the CPU.
 
     It computes in `dtype` (weights are rounded to it, but stored in at least float32), with matmuls at `precision`, as JAX
-    names it. In PyTorch every precision but "highest" allows TF32 on a GPU.
+    names it. In PyTorch every precision but "highest" allows TF32 on a GPU. The Flax model computes on all devices of a kind
+    with a `mesh` such as "data=2,model=4".
     """
 
     name: str
     device: str = "cpu"
     dtype: str = "float32"
     precision: str = "highest"
+    mesh: str | None = None
 
     def __post_init__(self) -> None:
         allowed = {"name": tuple(_OPEN), "device": tuple(UNITS), "dtype": DTYPES, "precision": PRECISIONS}
@@ -60,7 +62,8 @@ class Implementation:
         return cls(name, **entries)
 
     def __str__(self) -> str:
-        return ":".join((self.name, self.device, self.dtype, self.precision)) if self.name != "numpy" else self.name
+        text = ":".join((self.name, self.device, self.dtype, self.precision)) if self.name != "numpy" else self.name
+        return text if self.mesh is None else f"{text} on {self.mesh}"
 
     @property
     def roundings(self) -> tuple[Rounding, ...]:
@@ -93,27 +96,47 @@ def _open_flax(implementation: Implementation, checkpoint: Checkpoint) -> Run:
     import jax.numpy as jnp
 
     from ..pretrained import load
+    from ..sharding.processes import whole
 
     device = _jax_device(implementation)
     context: Callable[[], Any] = (lambda: jax.enable_x64(True)) if implementation.dtype == "float64" else contextlib.nullcontext
     dtype = jnp.dtype(implementation.dtype)
     stored = jnp.promote_types(dtype, jnp.float32)
     with context():
-        model = load(checkpoint, param_dtype=stored, dtype=dtype, precision=implementation.precision, sharding=device)
+        placement = _placement(implementation, checkpoint, None)
+        options: dict[str, Any] = {"param_dtype": stored, "dtype": dtype, "precision": implementation.precision}
+        model = load(checkpoint, sharding=placement or device, **options)
 
     def from_jax(array: Any) -> np.ndarray:
-        return np.asarray(array).astype(np.float64)
+        return whole(array).astype(np.float64)
 
     def to_jax(values: np.ndarray, like: Any) -> Any:
-        return jax.device_put(values.astype(like.dtype), like.sharding)
+        values = values.astype(like.dtype)
+        return jax.make_array_from_callback(values.shape, like.sharding, lambda index: values[index])
 
     def run(images: np.ndarray, hook: Hook | None) -> np.ndarray:
         with context():
-            x = jax.device_put(images.astype(stored), device)
+            images, split = images.astype(stored), _placement(implementation, checkpoint, len(images))
+            x = jax.device_put(images, device) if split is None else split.put(images)
             logits = _forward()(model, x) if hook is None else model(x, hook=_converted(hook, from_jax, to_jax))
-            return np.asarray(logits, np.float64)
+            return from_jax(logits)
 
     return run
+
+
+def _placement(implementation: Implementation, checkpoint: Checkpoint, batch_size: int | None) -> Any:
+    """On its mesh, if it has one. Raises CheckpointError where that does not divide the widths or the batch."""
+    import jax
+
+    from ..sharding.placement import Placement, mesh_of
+
+    if implementation.mesh is None:
+        return None
+    try:
+        mesh = mesh_of(implementation.mesh, jax.devices(implementation.device))
+        return Placement.checked(mesh, checkpoint.config, batch_size=batch_size)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Processes:
     count: int | None = None
     index: int | None = None
 
-    def run(self, command: Callable[[], object]) -> int:
+    def run(self, command: Callable[[], int | None]) -> int:
         """As `run_guarded`, as one of the processes. Standard output is that of the first alone.
 
         A process that loses another one says which, and ends; it cannot go on alone.
@@ -45,11 +46,11 @@ class Processes:
         say_last = subprocess.Popen([sys.executable, "-ISc", LAST_WORD, self._ended], stdin=-1, start_new_session=True)
         in_order = False
 
-        def joined() -> None:
+        def joined() -> int | None:
             nonlocal in_order
             try:
                 self._join()
-                command()
+                code = command()
             except AllFailed:
                 in_order = True
                 raise
@@ -58,15 +59,23 @@ class Processes:
                     raise CheckpointError(_lost(error)) from error
                 raise
             in_order = True
+            return code
 
-        code = run_guarded(joined)
-        sys.stdout.flush()
-        if in_order:
-            _leave()
-        say_last.communicate(b"this process has said all")
-        if not in_order:
-            sys.stderr.flush()
-            os._exit(code or 1)  # at once: what waits for the other processes would wait for ever
+        code = 1
+        try:
+            code = run_guarded(joined)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            if in_order:
+                _leave()
+            say_last.communicate(b"this process has said all")
+            if not in_order:
+                os._exit(code or 1)  # at once: what waits for the other processes would wait for ever
         return code
 
     @property
@@ -75,10 +84,11 @@ class Processes:
         return f"error: {which} was killed, or ended by JAX since another one was lost or did not come; its message is above"
 
     def _join(self) -> None:
-        import jax
-
         if self.coordinator is not None and self.index:
             _require_coordinator(self.coordinator)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # warnings of the runtime
+        import jax
+
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_enable_recoverability", True)  # so that the loss of one can be said, before all end
         options: dict[str, Any] = {"initialization_timeout": PATIENCE, "heartbeat_timeout_seconds": HEARTBEAT}
@@ -106,13 +116,11 @@ def _require_coordinator(address: str) -> None:
 
 
 def _standard_output_of_first() -> None:
-    """What libraries print goes to standard error, and what the other processes print nowhere."""
+    """What the other processes print goes nowhere, and what libraries print beside Python."""
     own = os.dup(1)
-    os.dup2(2, 1)
-    if is_first():
-        sys.stdout = io.TextIOWrapper(os.fdopen(own, "wb"), errors="backslashreplace", line_buffering=True)
-    else:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    target = own if is_first() else os.open(os.devnull, os.O_WRONLY)
+    sys.stdout = io.TextIOWrapper(os.fdopen(target, "wb"), errors="backslashreplace", line_buffering=True)
 
 
 def _lost(error: Exception) -> str:

@@ -92,6 +92,10 @@ class Placement:
         """A batch split over data, of which this process needs to have its own `rows` alone."""
         return jax.make_array_from_callback(batch.shape, self.images, lambda index: batch[index])
 
+    def gathered(self, outputs: Any) -> Any:
+        """Arrays of a compiled function, whole on every device."""
+        return jax.lax.with_sharding_constraint(outputs, self.everywhere)
+
     def rows(self, batch_size: int) -> np.ndarray:
         """The rows of a batch that devices of this process hold."""
         indices = self.images.addressable_devices_indices_map((batch_size,)).values()

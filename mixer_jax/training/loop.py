@@ -24,7 +24,7 @@ from convert import CheckpointError
 from ..evaluation import Accuracy, Evaluation, best_classes
 from ..model import MlpMixer
 from ..pretrained import load, save
-from ..sharding.processes import exchanged, is_first, of_first
+from ..sharding.processes import all_or_none, exchanged, is_first, of_first
 from .config import FinetuneConfig
 from .data import EvaluationBatches, Splits, TrainingBatches
 from .features import FeatureBatches, Features, FeaturesInOrder
@@ -173,10 +173,11 @@ class Trainer:
 
     def _stop(self, fault: str) -> NoReturn:
         self.folder.draw()
-        raise CheckpointError(
-            f"{self.folder.path}: {fault}: stopped before anything of it was saved. Try a lower base_rate, or float32, in a "
-            "new folder; the weights before it are in last/ and best/"
-        )
+        with all_or_none():
+            raise CheckpointError(
+                f"{self.folder.path}: {fault}: stopped before anything of it was saved. Try a lower base_rate, or float32, in "
+                "a new folder; the weights before it are in last/ and best/"
+            )
 
     def _save(self, state: TrainState, states: States) -> None:
         self.folder.write_table()
