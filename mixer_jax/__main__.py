@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 Subparsers = argparse._SubParsersAction  # which argparse gives no public name
-VERBS = ("summary", "demo", "predict", "evaluate", "finetune", "parity", "draw")
+VERBS = ("summary", "demo", "predict", "evaluate", "finetune", "pack", "parity", "draw")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,6 +99,16 @@ def finetune(arguments: argparse.Namespace) -> None:
         sys.exit(code)
 
 
+def pack(arguments: argparse.Namespace) -> None:
+    from .commands.pack import run
+
+    if arguments.check == (arguments.out is not None):
+        arguments.usage("give DATA and OUT, or OUT and --check")
+    if arguments.check:
+        refuse_ignored(arguments, ["shard_images"], "is for packing, and --check packs nothing; leave it out")
+    run(arguments.data, arguments.out, shard_images=arguments.shard_images, threads=arguments.threads)
+
+
 def parity(arguments: argparse.Namespace) -> None:
     if arguments.images:
         refuse_ignored(arguments, ["count"], "is for noise, and --images names the images; leave out one of them")
@@ -155,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mixer-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_summary, _add_demo, _add_predict, _add_evaluate, _add_finetune, _add_parity, _add_draw):
+    verbs = _add_summary, _add_demo, _add_predict, _add_evaluate, _add_finetune, _add_pack, _add_parity, _add_draw
+    for add in verbs:
         add(commands)
     return parser
 
@@ -218,7 +229,8 @@ def _add_finetune(commands: Subparsers) -> None:
     command = _command(commands, finetune, "train on one's own images; the same command again goes on", example=example)
     command.usage = "python -m mixer_jax finetune [-h] [CHECKPOINT] DATA --run FOLDER [options]"
     command.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint to begin with")
-    data = "a folder of class folders, or of train/, val/ and test/; a table of path and label; files of CIFAR or MNIST; digits"
+    data = "a folder of class folders, or of train/, val/ and test/; a table of path and label; files of CIFAR or MNIST; "
+    data += "digits; or what pack made of these"
     command.add_argument("data", metavar="DATA", help=data)
     groups = add_config_options(command)
     run, images, model = (groups[name].add_argument for name in ("run", "data and images", "model"))
@@ -232,6 +244,24 @@ def _add_finetune(commands: Subparsers) -> None:
     model("--from-scratch", metavar="S/32", help=scratch)
     reading = command.add_argument_group("reading the checkpoint")
     add_reading_options(reading, without=("image_size", "dtype"))  # these are the run's
+
+
+def _add_pack(commands: Subparsers) -> None:
+    command = _command(
+        commands, pack, "a million labelled images in shards; the same command again goes on", example="pack imagenet packed"
+    )
+    command.add_argument("data", metavar="DATA", help="what finetune takes as DATA; or with --check a packed folder")
+    command.add_argument("out", nargs="?", metavar="OUT", help="folder to pack into, which finetune takes as DATA")
+    command.add_argument(
+        "--shard-images",
+        type=whole_number(1),
+        metavar="N",
+        help="images in a shard (default: 4,000, or more for above 2 million)",
+    )
+    command.add_argument(
+        "--threads", type=whole_number(1), metavar="N", help="threads that read images (default: one per core)"
+    )
+    command.add_argument("--check", action="store_true", help="read every packed image and compare its checksum")
 
 
 def _add_parity(commands: Subparsers) -> None:
