@@ -60,7 +60,7 @@ def download(
     if published is None:
         known = "\n  ".join([*list_models(), f"{HUB}owner/repository"])
         raise CheckpointError(f"{name!r} is not a published checkpoint; these are:\n  {known}")
-    target = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mixer-jax").expanduser() / published.file
+    target = (Path(folder).expanduser() if folder else cache_folder()) / published.file
     mirror = (base or os.environ.get("MIXER_JAX_BASE_URL") or "").rstrip("/")
     if mirror and not re.fullmatch(r"https?://[!-~]+", mirror):
         raise CheckpointError(f"{mirror!r} is not an address to download from: {MIRROR}, beginning with https:// or http://")
@@ -79,6 +79,12 @@ def download(
             f"{target}: cannot be written ({error}); cache=... or MIXER_JAX_CACHE names another folder"
         ) from None
     return target
+
+
+def cache_folder() -> Path:
+    """MIXER_JAX_CACHE, or else ~/.cache/mixer-jax."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mixer-jax"
+    return Path(os.environ.get("MIXER_JAX_CACHE") or usual).expanduser()
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 import ahead_of_time
 import chart
 import learn
+import packed
 import pytest
 from measure import PYTHONS
 from run import GOALS, judged
@@ -142,3 +143,14 @@ def test_the_tables_of_learning_are_those_that_a_run_wrote():
 def test_the_table_for_the_readme_has_four_rows_of_relative_times():
     rows = [line.strip("| ").split(" | ")[0] for line in chart.readme_table(RESULTS).splitlines()[2:]]
     assert rows == ["forward, batch 1 / 8 / 32", "training step, batch 8", "file to first logits", "*goal, where missed*"]
+
+
+def test_packing_in_its_quick_form_and_the_table_that_a_run_wrote(tmp_path):
+    pytest.importorskip("grain")  # the extra `train`
+    command = [sys.executable, ROOT / "benchmarks" / "packed.py", "--quick", "--reads", "1000", "--results", tmp_path]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "packed.json").read_text())
+    assert (results["million"]["shards"], results["folder"]["images"]) == (2, 2500)
+    written = json.loads((RESULTS / "packed.json").read_text())
+    assert packed.table(written) in (ROOT / "docs" / "packing.md").read_text()

@@ -24,6 +24,7 @@ from convert.config import Size
 from ..images import cores, decode_ahead
 from ..preprocess import ImageError, load_image, preprocessing_of
 from .augment import OFFICIAL, Augmentation, mixed
+from .packed import Packed
 from .sources import Contents, Part, held_out, read_parts, some
 
 REDRAWS = 100
@@ -33,7 +34,7 @@ REDRAWS = 100
 class Dataset:
     """Images of classes. `labels` (n,) are int32 indices into `classes`; `names` say which image is meant.
 
-    The images are uint8 `pixels` (n, h, w, c), or else the files of these names below the folder `root`.
+    The images are uint8 `pixels` (n, h, w, c), or `packed`, or else the files of these names below the folder `root`.
     """
 
     classes: tuple[str, ...]
@@ -43,23 +44,33 @@ class Dataset:
     root: str = ""
     pixels: np.ndarray | None = None
     use_exif: bool = False
+    packed: Packed | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def image(self, index: int) -> np.ndarray:
         """An image, uint8 (h, w, channels), decoded now. Raises ImageError, which does not name it."""
-        source = os.path.join(self.root, self.names[index]) if self.pixels is None else self.pixels[index]
+        source: Any
+        if self.packed is not None:
+            source = self.packed.file(index)
+        else:
+            source = os.path.join(self.root, self.names[index]) if self.pixels is None else self.pixels[index]
         return load_image(source, channels=self.channels, use_exif=self.use_exif)
 
     def subset(self, indices: np.ndarray) -> "Dataset":
         """The images with these indices, in their order."""
+        if self.packed is not None:
+            packed = self.packed.subset(indices)
+            return replace(self, names=packed.names, labels=self.labels[indices], packed=packed)
         pixels = None if self.pixels is None else self.pixels[indices]
         return replace(self, names=[self.names[i] for i in indices], labels=self.labels[indices], pixels=pixels)
 
     @cached_property
     def contents(self) -> np.ndarray:
         """What tells whether an image is still the same: the size of its file in bytes, or the CRC-32 of its pixels. (n,)"""
+        if self.packed is not None:
+            return self.packed.contents
         if self.pixels is None:
             return np.array([_bytes(os.path.join(self.root, name)) for name in self.names], np.int64)
         return np.array([zlib.crc32(image) for image in self.pixels], np.int64)
@@ -98,7 +109,8 @@ def open_dataset(
     contents: Contents | None = None,
 ) -> Splits:
     """A folder of class folders, or of train/, val/ and test/ with class folders each; a .csv or .tsv of path and label; a
-    folder with CIFAR's binary files or MNIST's idx files, gzipped or not; or "digits", scikit-learn's.
+    folder with CIFAR's binary files or MNIST's idx files, gzipped or not; "digits", scikit-learn's; or what `pack` made of
+    any of these, in a folder or at an address such as gs://bucket/images.
 
     A table's header, if any, names the columns path and label; paths are relative to the table. CIFAR's Python version is made
     of pickles and refused. `classes` are those of a model's head, in its order; by default those of the source, sorted.
@@ -109,16 +121,7 @@ def open_dataset(
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation must be above 0 and below 1, not {validation!r}")
-    parts, known = contents or read_parts(source)
-    names, parts = _with_classes(source, parts, classes or known)
-    datasets = {}
-    for name, part in parts.items():
-        own = 3 if part.pixels is None else part.pixels.shape[3]
-        labels = np.asarray(part.labels, np.int32)
-        dataset = Dataset(names, part.names, labels, channels or own, part.root, part.pixels, use_exif)
-        if part.pixels is None:
-            dataset = dataset.subset(np.array(sorted(range(len(labels)), key=part.names.__getitem__)))
-        datasets[name] = dataset
+    datasets = whole_parts(source, contents or read_parts(source), classes, channels=channels, use_exif=use_exif)
     train = datasets["train"]
     if "validation" in datasets:
         return Splits(train, datasets["validation"], datasets.get("test"))
@@ -126,6 +129,28 @@ def open_dataset(
     if not chosen.any():
         raise CheckpointError(f"{source}: one image a class leaves none for validation: add images")
     return Splits(train.subset(np.flatnonzero(~chosen)), train.subset(np.flatnonzero(chosen)), datasets.get("test"))
+
+
+def whole_parts(
+    source: str | os.PathLike[str],
+    contents: Contents,
+    classes: Sequence[str] | None = None,
+    *,
+    channels: int | None = None,
+    use_exif: bool = False,
+) -> dict[str, Dataset]:
+    """The parts as they are in the source; files are sorted by name."""
+    parts, known = contents
+    names, parts = _with_classes(source, parts, classes or known)
+    datasets = {}
+    for name, part in parts.items():
+        own = part.packed.channels if part.packed else 3 if part.pixels is None else part.pixels.shape[3]
+        labels = np.asarray(part.labels, np.int32)
+        dataset = Dataset(names, part.names, labels, channels or own, part.root, part.pixels, use_exif, part.packed)
+        if part.pixels is None and part.packed is None:
+            dataset = dataset.subset(np.array(sorted(range(len(labels)), key=part.names.__getitem__)))
+        datasets[name] = dataset
+    return datasets
 
 
 def _with_classes(
