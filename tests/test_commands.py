@@ -136,7 +136,7 @@ def test_every_verbs_usage_begins_with_what_a_person_types(module, capsys):
         with pytest.raises(SystemExit):
             program.main([verb, "--help"])
         assert capsys.readouterr().out.startswith(f"usage: python -m {module} {verb} [-h]")
-    verb = program.VERBS[0]
+    verb = next(iter(program.VERBS))
     assert process(verb, code=2, python=("-m", module))[1].startswith(f"usage: python -m {module} {verb} [-h]")
 
 

@@ -192,7 +192,8 @@ class Trainer:
         """Score the best weights on the test images, once."""
         states.finish()
         row: dict[str, Any] = {"step": self.config.recipe.total_steps, "best_step": self.best_row["step"]}
-        best = named_weights(load(self.folder.path / BEST, sharding=self.model.placement))
+        own = {"param_dtype": self.model.stem.kernel.dtype, "sharding": self.model.placement}
+        best = named_weights(load(self.folder.path / BEST, **own))
         evaluation, loss = self.evaluated(best, "validation" if self.splits.test is None else "test")
         if self.splits.test is not None:
             row |= _row("test", evaluation.top1, loss)
