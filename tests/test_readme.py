@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import convert
 import mixer_jax
 from convert import MixerConfig, layouts
 from convert.published import KNOWN, PUBLISHED
+from mixer_jax.commands.parsers import command_line
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]}
@@ -42,6 +44,12 @@ def blocks(page, language):
 
 def commands(page):
     return [line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("python ")]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -133,6 +141,30 @@ def test_the_page_on_fine_tuning_runs(folder, capsys):
     assert "% of 2 validation images" in capsys.readouterr().out
     assert int(scope["state"].step) == 3
     assert mixer_jax.load("pets.npz").labels == ("cat", "dog")
+
+
+def test_the_page_on_scaling_runs_in_two_processes(folder):
+    """Its commands two by two; and the others are words that a shell and our command line know."""
+    pytest.importorskip("grain")
+    (block,) = blocks("scaling.md", "bash")
+    few = block.replace("--preset small", "--preset small --total-steps 4 --warmup-steps 1 --evaluate-every 2")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    lines = few.replace(" &", "").splitlines()
+    for pair in zip(lines[::2], lines[1::2]):
+        address = f"localhost:{free_port()}"
+        commands = [[sys.executable, *shlex.split(line.replace("localhost:8476", address))[1:]] for line in pair]
+        children = [subprocess.Popen(each, env=environment, stdout=-1, stderr=-1, text=True) for each in commands]
+        texts = [child.communicate() for child in children]
+        assert [child.returncode for child in children] == [0, 0], texts
+    assert [json.loads(line)["image"] for line in texts[0][0].splitlines()] == ["holiday/1.jpg"]
+    assert texts[1][0] == ""
+    scripts = blocks("scaling.md", "sh")
+    assert len(scripts) == 2
+    for script in scripts:
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+        (line,) = re.findall(r"python -m mixer_jax ([^\n\"]*)", script)
+        assert command_line().parse_args(shlex.split(line)).cluster
 
 
 @pytest.mark.torch

@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,13 +19,17 @@ from conftest import random_images, random_weights
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from PIL import Image
 from test_mesh import ENVIRONMENT
 
 import mixer_jax
 from convert import Checkpoint, MixerConfig
+from mixer_jax.sharding.digest import digests
 from mixer_jax.sharding.placement import SIZES, Placement, mesh_of
+from mixer_jax.sharding.replicas import Replicas, run_on_rows
 from mixer_jax.training.freezing import named_weights
 from mixer_jax.training.recipe import Recipe
+from mixer_jax.training.states import States
 from mixer_jax.training.step import initial_state, make_train_step, with_weights
 
 CONFIG = MixerConfig.named("B/16", num_classes=8).replace(
@@ -78,6 +84,47 @@ def main():
             if dtype == "float32":
                 row["forward"], row["step"] = collectives(placement)
             print(json.dumps(row))
+    print(json.dumps({"restored": restored_elsewhere(state)}))
+    print(json.dumps({"rows": in_rows()}))
+
+
+def restored_elsewhere(state):
+    """Whether a state that is split over eight devices has the same bits on other meshes, and on one device."""
+    equal, devices = {}, jax.devices()
+    targets = {f"{text}, {split}": Placement(mesh_of(text), split) for text, split in MESHES}
+    targets |= {"model=2": Placement(mesh_of("model=2", devices[:2])), "one": Placement(mesh_of(None, devices[:1]))}
+    with tempfile.TemporaryDirectory() as folder:
+        states = States(Path(folder))
+        states.save(state)
+        states.finish()
+        for name, placement in targets.items():
+            like = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state), placement.tree(state))
+            restored = states.restore(like)
+            assert jax.tree.map(lambda leaf: leaf.sharding, restored) == placement.tree(state)
+            pairs = zip(jax.tree.leaves(restored), jax.tree.leaves(state))
+            equal[name] = all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+        states.close()
+    return equal
+
+
+def in_rows():
+    """By mesh, the largest difference of an image's logits from those of one device."""
+    checkpoint = Checkpoint.from_arrays(random_weights(CONFIG)).with_metadata(num_blocks=3, preprocessing="squash")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(Path(folder, f"{i}.png")) for i in range(21)]
+        for i, path in enumerate(paths):
+            Image.fromarray(np.random.default_rng(i).integers(256, size=(9, 9, 3), dtype=np.uint8)).save(path)
+        Path(paths[4]).write_bytes(b"no image")
+        runs = {"one": mixer_jax.load(checkpoint)}
+        runs |= {mesh: Replicas.load(checkpoint, mesh) for mesh in ("data=8", "data=2,model=4", "model=8")}
+        results = {name: list(run_on_rows(model, paths, ["squash"], batch_size=2)) for name, model in runs.items()}
+    for mesh, each in results.items():
+        assert [result.path for result in each] == paths
+        assert [i for i, result in enumerate(each) if result.error] == [4]
+        pairs = [(a.logits[0], b.logits[0]) for a, b in zip(each, results["one"]) if not a.error]
+        found[mesh] = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +135,7 @@ def rows():
 
 
 def test_logits_and_ten_steps_are_those_of_one_device(rows):
+    rows = [row for row in rows if "mesh" in row]
     assert len(rows) == 8
     assert max(row["error"] for row in rows if row["dtype"] == "float64") <= 1e-12  # measured: 2e-15
     assert max(row["logits"] for row in rows if row["dtype"] == "float32") <= 2e-6
@@ -104,8 +152,20 @@ def test_programs_have_the_collectives_that_the_sharding_calls_for(rows):
     assert counts["data=2,model=4", True][0] == {"all-gather": 6, "all-reduce": 2}
 
 
+def test_a_state_has_the_same_bits_on_any_mesh(rows):
+    (equal,) = (row["restored"] for row in rows if "restored" in row)
+    assert len(equal) == 6
+    assert all(equal.values()), equal
+
+
+def test_rows_of_a_mesh_give_the_logits_of_one_device(rows):
+    (found,) = (row["rows"] for row in rows if "rows" in row)
+    assert found.keys() == {"one", "data=8", "data=2,model=4", "model=8"}
+    assert max(found.values()) <= 2e-6
+
+
 def test_a_device_holds_its_part_of_the_state(rows):
-    part = {(row["mesh"], row["split"]): row["part"] for row in rows}
+    part = {(row["mesh"], row["split"]): row["part"] for row in rows if "mesh" in row}
     assert part["data=8", False] == 1
     assert part["data=8", True] < 0.25
     assert part["data=2,model=4", True] < part["data=2,model=4", False] < 0.6
@@ -135,6 +195,24 @@ def test_a_width_or_a_batch_that_the_mesh_does_not_divide_is_named_with_what_doe
         Placement.checked(Mesh(5, 1), CONFIG.replace(tokens_mlp_dim=20, channels_mlp_dim=20), split_weights=True)
     with pytest.raises(ValueError, match="a batch of 6 images cannot be split over data=4"):
         Placement.checked(Mesh(4, 1), CONFIG, batch_size=6)
+
+
+def test_a_digest_sees_every_bit_and_every_place():
+    arrays = {"float32": np.arange(24, dtype=np.float32).reshape(2, 3, 4)}
+    arrays |= {"bfloat16": jax.numpy.asarray(arrays["float32"], jax.numpy.bfloat16), "int32": np.arange(24, dtype=np.int32)}
+    seen = []
+    for name, array in arrays.items():
+        values = np.array(array)
+        seen.append(digests({name: array})[name])
+        assert digests({name: jax.numpy.asarray(values)})[name] == seen[-1]
+        for i in range(values.size):
+            other = values.copy()
+            other.reshape(-1).view(np.uint8)[i * other.itemsize] ^= 1
+            seen.append(digests({name: other})[name])
+        swapped = values.copy().reshape(-1)
+        swapped[[3, 7]] = swapped[[7, 3]]
+        seen.append(digests({name: swapped.reshape(values.shape)})[name])
+    assert len(set(seen)) == len(seen) == 3 * 26
 
 
 def test_the_table_names_weights_that_there_are():

@@ -1,4 +1,4 @@
-"""The same weights on each row of a mesh, so that images are computed batch by batch, each batch as on one device."""
+"""The same weights on each row of a mesh, which compute images row by row, and nothing is sent between rows."""
 
 __all__ = ["Replicas", "run_on_rows"]
 
@@ -6,32 +6,31 @@ import contextlib
 import io
 import itertools
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
 
 from convert import Checkpoint, CheckpointError, MixerConfig
 
-from ..images import ImageResult, cores, forward_of, run_on_images
+from ..images import ImageResult, forward_of, run_on_images
 from ..labels import Labels
 from .processes import count, exchanged, index
 
-Results = Mapping[int, list[ImageResult]]  # by row of the mesh
+Results = dict[int, list[ImageResult]]  # by the first row of the mesh that computed them
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """Models with the same weights by row of a mesh, those of which this process has devices; `rows` are those of all.
+    """A model on those rows of a mesh of which this process has devices, as one program: `own` of all `rows`.
 
-    In a row the widths of the MLPs are split over the mesh's axis model. Nothing is sent between rows, so the outputs for an
-    image do not depend on their number.
+    In a row the widths of the MLPs are split over the mesh's axis model. Nothing is sent between rows.
     """
 
-    models: Mapping[int, Any]
-    rows: int
+    model: Any
+    own: range = range(1)
+    rows: int = 1
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, mesh: str | None) -> Self:
@@ -39,32 +38,27 @@ class Replicas:
         from ..pretrained import load
         from .placement import Placement, mesh_of
 
-        models = {}
         try:
             grid = mesh_of(mesh).devices
-            for row, devices in enumerate(grid):
-                if index() in {device.process_index for device in devices}:
-                    placement = Placement.checked(mesh_of(f"model={len(devices)}", devices), checkpoint.config)
-                    models[row] = load(checkpoint, sharding=placement if len(devices) > 1 else devices[0])
+            own = [row for row, devices in enumerate(grid) if index() in {device.process_index for device in devices}]
+            devices = grid[own[0] : own[-1] + 1]
+            placement = Placement.checked(mesh_of(f"data={len(own)},model={grid.shape[1]}", list(devices.flat)), checkpoint.config)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        return cls(models, len(grid))
+        model = load(checkpoint, sharding=placement if devices.size > 1 else devices.item())
+        return cls(model, range(own[0], own[-1] + 1), len(grid))
 
     @property
     def config(self) -> MixerConfig:
-        return self._any.config
+        return self.model.config
 
     @property
     def labels(self) -> Labels | None:
-        return self._any.labels
+        return self.model.labels
 
     @property
     def preprocessing(self) -> str | None:
-        return self._any.preprocessing
-
-    @property
-    def _any(self) -> Any:
-        return next(iter(self.models.values()))
+        return self.model.preprocessing
 
 
 def run_on_rows(
@@ -78,28 +72,25 @@ def run_on_rows(
 ) -> Generator[ImageResult]:
     """The outputs of a Flax or PyTorch model, or of Replicas, for each image under each preprocessing, in their order.
 
-    Replicas take batches in turn, and every process has all results.
+    Every row of Replicas computes `batch_size` images at once, and every process has all results.
     """
-    replicas = model if isinstance(model, Replicas) else Replicas({0: model}, 1)
-    forwards = {row: forward_of(each) for row, each in replicas.models.items()}
-    size = batch_size or next(usual for _, usual in forwards.values())
-    options: Any = {"batch_size": size, "threads": max((threads or cores()) // len(forwards), 1), "use_exif": use_exif}
-    run = partial(run_on_images, config=replicas.config, preprocessings=preprocessings, **options)
-    return _in_turn({row: partial(run, forward) for row, (forward, _) in forwards.items()}, replicas.rows, paths, size)
+    replicas = model if isinstance(model, Replicas) else Replicas(model)
+    forward, usual_batch_size = forward_of(replicas.model)
+    size, own = batch_size or usual_batch_size, replicas.own
+    turns = [paths[first : first + size * replicas.rows] for first in range(0, len(paths), size * replicas.rows)]
+    parts = [turn[size * own.start : size * own.stop] for turn in turns]
+    flat = list(itertools.chain.from_iterable(parts))
+    options: Any = {"batch_size": size * len(own), "threads": threads, "use_exif": use_exif}
+    results = run_on_images(forward, replicas.config, flat, preprocessings, **options)
+    return _in_turns(results, [len(part) for part in parts], own.start)
 
 
-def _in_turn(runs: Mapping[int, Any], rows: int, paths: Sequence[str], size: int) -> Generator[ImageResult]:
-    """Batch k in row k modulo `rows`, by its own of `runs`."""
-    batches = [paths[first : first + size] for first in range(0, len(paths), size)]
-    with contextlib.ExitStack() as stack:
-        lanes = {row: run(paths=list(itertools.chain.from_iterable(batches[row::rows]))) for row, run in runs.items()}
-        for lane in lanes.values():
-            stack.enter_context(contextlib.closing(lane))
-        for first in range(0, len(batches), rows):
-            turn = dict(enumerate(batches[first : first + rows]))
-            results = {row: list(itertools.islice(lane, len(turn[row]))) for row, lane in lanes.items() if row in turn}
-            everyones = _everyones(results)
-            yield from itertools.chain.from_iterable(everyones[row] for row in turn)
+def _in_turns(results: Generator[ImageResult], counts: Sequence[int], row: int) -> Generator[ImageResult]:
+    """What all processes have computed, turn by turn, of which this one has so many results."""
+    with contextlib.closing(results):
+        for number in counts:
+            everyones = _everyones({row: list(itertools.islice(results, number))})
+            yield from itertools.chain.from_iterable(everyones[each] for each in sorted(everyones))
 
 
 def _everyones(results: Results) -> Results:
