@@ -44,6 +44,7 @@ bench: .venv/installed .venv-peers/installed  ## measure everything beside its p
 	$(BIN)/python benchmarks/predict.py --json benchmarks/results/predict.json
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/packed.py
+	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/ahead_of_time.py --json benchmarks/results/ahead_of_time.json $(WITH_H100)
 	$(BIN)/python benchmarks/learn.py
 	$(BIN)/python benchmarks/chart.py

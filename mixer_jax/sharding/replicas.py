@@ -42,7 +42,9 @@ class Replicas:
             grid = mesh_of(mesh).devices
             own = [row for row, devices in enumerate(grid) if index() in {device.process_index for device in devices}]
             devices = grid[own[0] : own[-1] + 1]
-            placement = Placement.checked(mesh_of(f"data={len(own)},model={grid.shape[1]}", list(devices.flat)), checkpoint.config)
+            placement = Placement.checked(
+                mesh_of(f"data={len(own)},model={grid.shape[1]}", list(devices.flat)), checkpoint.config
+            )
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         model = load(checkpoint, sharding=placement if devices.size > 1 else devices.item())
