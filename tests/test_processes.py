@@ -236,6 +236,52 @@ def test_a_coordinator_that_is_not_there_is_one_line(monkeypatch):
         joining._require_coordinator("nowhere")
 
 
+def slurm(port, process):
+    return {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost"} | {
+        f"SLURM_{name}": str(value) for name, value in (("NTASKS", 2), ("PROCID", process), ("LOCALID", process))
+    }
+
+
+def open_mpi(port, process):
+    return {"OMPI_MCA_orte_hnp_uri": f"{port << 12}.0;tcp://127.0.0.1:{port}"} | {
+        f"OMPI_COMM_WORLD_{name}": str(value) for name, value in (("SIZE", 2), ("RANK", process), ("LOCAL_RANK", process))
+    }
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("cluster", [slurm, open_mpi])
+def test_the_variables_of_a_cluster_bring_processes_together(cluster, photographs):
+    port = int(free_address().rpartition(":")[2])
+    line = ["-m", "mixer_jax", "predict", photographs / "start.npz", photographs / "images" / "cat", "--json", "--cluster"]
+    children = [child for i in range(2) for child in started([line], **cluster(port, i))]
+    (first, _), (second, _) = ended(children)
+    assert len(first.splitlines()) == 50
+    assert second == ""
+
+
+@pytest.mark.heavy
+def test_without_the_first_process_the_others_end_with_a_line(tmp_path):
+    victim, survivor = training(tmp_path / "run", 2)
+    while len(rows(tmp_path / "run")) < 3:
+        time.sleep(0.05)
+    victim.kill()
+    killed_at = time.monotonic()
+    _, err = survivor.communicate(timeout=100)
+    assert time.monotonic() - killed_at < 60
+    victim.communicate()
+    assert survivor.returncode != 0
+    assert "process 1 of 2 was killed, or ended by JAX since another one was lost" in err.decode().splitlines()[-1]
+
+
+@pytest.mark.heavy
+def test_unreadable_images_of_all_processes_are_named_by_the_first(photographs, tmp_path):
+    line = ["finetune", photographs / "start.npz", photographs / "images", "--run", tmp_path / "run", "--preset", "small"]
+    line += ["--total-steps", 20, "--warmup-steps", 2, "--evaluate-every", 20, "--batch-size", 20]
+    (out, _), (other, _) = ended(verb(2, *line))
+    assert "not used: dog/051.png: no image in a format that Pillow knows\n1 images could not be used" in out
+    assert other == ""
+
+
 @pytest.mark.heavy
 def test_processes_that_do_not_come_are_said(photographs):
     patient = (
