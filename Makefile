@@ -46,6 +46,7 @@ bench: .venv/installed .venv-peers/installed  ## measure everything beside its p
 	$(BIN)/python benchmarks/packed.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/ahead_of_time.py --json benchmarks/results/ahead_of_time.json $(WITH_H100)
+	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
 	$(BIN)/python benchmarks/learn.py
 	$(BIN)/python benchmarks/chart.py
 
@@ -54,6 +55,7 @@ bench-quick: .venv/installed  ## check on a small model that all implementations
 
 bench-ahead-of-time: .venv/installed  ## compile for a TPU v5e, and for an H100 after make test-h100
 	$(BIN)/python benchmarks/ahead_of_time.py $(WITH_H100)
+	$(BIN)/python benchmarks/memory.py
 
 picture: .venv/installed  ## train a small Mixer on two photographs and draw its units: docs/token-mixing.png
 	$(BIN)/python benchmarks/picture.py

@@ -47,7 +47,9 @@ UNOPTIMIZED = {"optimization_level": 9}  # O0: collectives and precision do not 
 # The text of a compiled program.
 MATMUL = re.compile(r'^.* (?:convolution|dot)\(.*$|^.*custom_call_target="[^"]*(?:gemm|matmul|conv).*$', re.MULTILINE)
 PRECISION = re.compile(r'operand_precision"?[=:][{\[]([^}\]]*)')
-COLLECTIVE = re.compile(r"^.* = (.*) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", re.M)
+COLLECTIVE = re.compile(
+    r"^.* = (.*) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((?:.*channel_id=(\d+))?", re.M
+)
 
 
 class Job(NamedTuple):
@@ -59,11 +61,21 @@ class Job(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A compiled program: its optimised HLO, its temporaries in bytes, and the CPU seconds of the compilation."""
+    """A compiled program: its optimised HLO, its temporaries in bytes, and the CPU seconds of the compilation.
+
+    `memory` has the bytes of "arguments" and "outputs", and of the outputs that are written over arguments, "aliased". All
+    bytes are those of one device.
+    """
 
     text: str
     temporaries: int
     compile_cpu_seconds: float
+    memory: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """What a device needs while the program runs."""
+        return self.memory["arguments"] + self.memory["outputs"] - self.memory["aliased"] + self.temporaries
 
     def matmul_precisions(self) -> list[tuple[str, ...]]:
         """The operand precisions of every matmul and convolution in the text; () stands for the default.
@@ -74,9 +86,16 @@ class Program(NamedTuple):
         return [tuple(re.findall(r"\w+", match[1].lower())) if match else () for match in precisions]
 
     def collectives(self) -> dict[str, list[int]]:
-        """The numbers that each collective in the text returns, by kind. The body of a loop is in the text once."""
+        """The numbers that each collective in the text returns, by kind. The body of a loop is in the text once.
+
+        One that runs beside a matmul stands in each of the fusions that it is part of, always with one channel.
+        """
         elements: dict[str, list[int]] = {}
-        for result, kind in COLLECTIVE.findall(self.text):
+        channels: set[str] = set()
+        for result, kind, channel in COLLECTIVE.findall(self.text):
+            if channel and channel in channels:
+                continue
+            channels.add(channel)
             sizes = re.findall(r"\w+\[([\d,]*)\]", result)
             elements.setdefault(kind, []).append(sum(prod(map(int, filter(None, size.split(",")))) for size in sizes))
         return elements

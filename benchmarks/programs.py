@@ -24,7 +24,11 @@ from worker import MOMENTUM, RATE
 
 from convert import MixerConfig
 from mixer_jax import MlpMixer
+from mixer_jax.sharding.placement import Placement, mesh_of
+from mixer_jax.training.recipe import Recipe
+from mixer_jax.training.step import initial_state, make_train_step, with_weights
 
+MEMORY = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp"}
 Built = tuple[Any, tuple[Any, ...]]
 
 
@@ -57,6 +61,52 @@ def jitted_step(function: Callable[..., Any]) -> tuple[Any, Any]:
         return optax.apply_updates(parameters, updates), state, value
 
     return optimizer, step
+
+
+def placed_forward(devices: Sequence[Any], **options: Any) -> Built:
+    """The jitted function (weights by name, images) -> logits of a model on a mesh, and its abstract arguments."""
+    model, state, (images, *_) = _placed_model(devices, Recipe(), **options)
+    return jax.jit(lambda weights, images: with_weights(model, weights)(images)), (state.params, images)
+
+
+def placed_step(
+    devices: Sequence[Any], *, optimizer: str = "sgd", momentum_dtype: str | None = None, accumulation: int = 1, **options: Any
+) -> Built:
+    """One step of the official fine-tuning recipe on a mesh, the state updated in place, and its abstract arguments."""
+    recipe = Recipe(optimizer=optimizer, momentum_dtype=momentum_dtype, accumulation=accumulation)
+    model, state, batch = _placed_model(devices, recipe, **options)
+    return jax.jit(make_train_step(model, recipe), donate_argnums=0), (state, *batch)
+
+
+def _placed_model(
+    devices: Sequence[Any],
+    recipe: Recipe,
+    *,
+    batch: int,
+    chips: int | None = None,
+    mesh: str | None = None,
+    split_weights: bool = False,
+    variant: str = "B/16",
+    sizes: dict[str, Any] | None = None,
+    dtype: str | None = "bfloat16",
+    remat: bool = False,
+) -> tuple[MlpMixer, Any, tuple[Any, ...]]:
+    """A model without weights, its state, and images, labels and key, as shapes with shardings; `batch` is the whole mesh's."""
+    config = MixerConfig.named(variant).replace(**sizes or {})
+    placement = Placement.checked(mesh_of(mesh, devices[:chips]), config, split_weights=split_weights, batch_size=batch)
+
+    def create() -> MlpMixer:
+        return MlpMixer(config, rngs=nnx.Rngs(0), remat=remat, dtype=dtype)
+
+    state = jax.eval_shape(lambda: initial_state(create(), recipe))
+    state = jax.tree.map(_shape, state, placement.tree(state))
+    images = jax.ShapeDtypeStruct((batch, *config.image_size, config.in_channels), jnp.float32, sharding=placement.images)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=placement.images)
+    key = _shape(jax.eval_shape(lambda: jax.random.key(0)), placement.everywhere)
+    model = nnx.eval_shape(create)
+    model.placement = placement
+    model.eval()
+    return model, state, (images, labels, key)
 
 
 def _network(
@@ -101,7 +151,11 @@ def _network(
 
 
 def _placed(tree: Any, sharding: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    return jax.tree.map(lambda leaf: _shape(leaf, sharding), tree)
+
+
+def _shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def devices_of(target: str) -> list[Any]:
@@ -120,9 +174,14 @@ def main(target: str, request: str, result: str) -> None:
         jitted, arguments = getattr(importlib.import_module(module), function)(devices, **options)
         lowered = jitted.lower(*arguments)
         started = time.process_time()
-        compiled = lowered.compile(compiler_options)
+        try:
+            compiled = lowered.compile(compiler_options)
+        except jax.errors.JaxRuntimeError as error:
+            sys.exit(str(error)[:1000])  # what does not fit in memory, and by how much; a list of all arrays follows
         seconds = time.process_time() - started
-        programs.append((compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes, seconds))
+        memory = compiled.memory_analysis()
+        sizes = {name: getattr(memory, f"{size}_size_in_bytes") for name, size in MEMORY.items()}
+        programs.append((compiled.as_text(), sizes.pop("temporaries"), seconds, sizes))
     Path(result).write_text(json.dumps(programs))
 
 

@@ -214,16 +214,31 @@ class MlpMixer(nnx.Module):
         self, images: ArrayLike, *, rngs: Randomness = None, hook: Hook = no_hook, masks: Masks | None = None
     ) -> Array:
         x = self.features(images, rngs=rngs, hook=hook, masks=masks)
-        return x if self.head is None else hook("head", self._used("head")(x))
+        return x if self.head is None else hook("head", self.logits(x))
 
     def features(
         self, images: ArrayLike, *, rngs: Randomness = None, hook: Hook = no_hook, masks: Masks | None = None
     ) -> Array:
         """The input of the head: the mean over tokens of the normalised output, (b, hidden)."""
-        x = hook("stem", self._used("stem")(self.checked(images)))
-        x = self._run_blocks(x, self._block_keys(rngs) if masks is None else None, hook, masks)
-        x = hook("pre_head_norm", self._used("pre_head_norm")(x))
-        return hook("mean", x.mean(axis=1, dtype=jnp.promote_types(x.dtype, jnp.float32)))
+
+        def run(model: MlpMixer, images: Array, keys: Array | None) -> Array:
+            x = hook("stem", model._used("stem")(images))
+            x = hook("pre_head_norm", model._used("pre_head_norm")(model._run_blocks(x, keys, hook, masks)))
+            return hook("mean", x.mean(axis=1, dtype=jnp.promote_types(x.dtype, jnp.float32)))
+
+        return self._on_mesh(run, self.checked(images), self._block_keys(rngs) if masks is None else None)
+
+    def logits(self, features: Array) -> Array:
+        """The logits (b, classes) of features (b, hidden)."""
+        return self._on_mesh(lambda model, features: model._used("head")(features), features)
+
+    def _on_mesh(self, function: Callable[..., Array], x: Array, *arrays: Any) -> Array:
+        """`function(model, x, *arrays)`, with automatic axes inside where those of the placement's mesh are explicit."""
+        if self.placement is None or not self.placement.is_explicit:
+            return function(self, x, *arrays)
+        graphdef, state = nnx.split(self)
+        inside = self.placement.automatic(lambda state, *arrays: function(nnx.merge(graphdef, state), *arrays), like=x)
+        return inside(state, x, *arrays)
 
     def _used(self, name: str) -> Any:
         """The stem, the last norm or the head, with weights as they are computed with."""

@@ -93,6 +93,90 @@ def test_data_parallel_training_on_8_devices_exchanges_each_gradient_once_and_no
     assert replicated == {}
 
 
+SMALL = {"num_blocks": 3, "hidden_dim": 128, "tokens_mlp_dim": 64, "channels_mlp_dim": 256, "image_size": 32}
+SMALL |= {"patch_size": 8, "num_classes": 8}
+SPLIT_STEM, SPLIT_HEAD = 8 * 8 * 3 * 128, 128 * 8
+TOKENS = 16 * 128  # of an image
+
+
+@pytest.fixture(scope="module")
+def on_4x4():
+    """The collectives of a forward pass and of a training step on 16 chips, by mesh and whether weights are split."""
+    keys = [(mesh, split) for mesh in ("data=16", "data=4,model=4") for split in (False, True)]
+    jobs = [
+        Job(f"programs:{work}", {"sizes": SMALL, "batch": 32, "mesh": mesh, "split_weights": split}, UNOPTIMIZED)
+        for mesh, split in keys
+        for work in ("placed_forward", "placed_step")
+    ]
+    programs = [program.collectives() for program in compile_for("v5e:4x4", jobs)]
+    return {key: programs[2 * i : 2 * i + 2] for i, key in enumerate(keys)}
+
+
+def numbers(sizes: dict) -> int:
+    """The gradients that are in the text of a step once: those of one block, since the blocks are a loop, and all others."""
+    return MixerConfig.named("S/32").replace(**sizes | {"num_blocks": 1}).num_parameters
+
+
+@v5e
+def test_on_16_chips_data_parallel_training_sums_each_gradient_once(on_4x4):
+    forward, step = on_4x4["data=16", False]
+    assert forward == {}
+    assert step.keys() == {"all-reduce"}
+    assert sum(step["all-reduce"]) == numbers(SMALL) + 1  # the loss
+
+
+@v5e
+def test_on_16_chips_a_split_kernel_is_gathered_for_each_pass_and_its_gradient_summed_once(on_4x4):
+    """XLA without optimisation sums whole gradients and keeps a part of each; see the test of L/16."""
+    blocks = 2 * [16 * 64, 128 * 256]
+    forward, step = on_4x4["data=16", True]
+    assert {kind: sorted(sizes) for kind, sizes in forward.items()} == {"all-gather": sorted([*blocks, SPLIT_STEM, SPLIT_HEAD])}
+    assert step.keys() == {"all-gather", "all-reduce"}
+    assert sorted(step["all-gather"]) == sorted([*blocks, *blocks, SPLIT_STEM, SPLIT_HEAD])
+    assert sum(step["all-reduce"]) == numbers(SMALL) + 1 + 6  # and the squares of 6 kernels' parts, for the norm
+
+
+@v5e
+def test_on_16_chips_a_block_sums_twice_over_model_in_each_pass(on_4x4):
+    sums = 2 * [8 * TOKENS]  # of the 8 images that are on a chip
+    forward, step = on_4x4["data=4,model=4", False]
+    assert forward == {"all-reduce": sums}
+    assert step.keys() == {"all-reduce"}
+    widths = {"tokens_mlp_dim": SMALL["tokens_mlp_dim"] // 4, "channels_mlp_dim": SMALL["channels_mlp_dim"] // 4}
+    assert step["all-reduce"].count(8 * TOKENS) == 4
+    assert sum(step["all-reduce"]) == 2 * sum(sums) + numbers(SMALL | widths) + 1 + 5  # squares of widths' parts
+
+
+@v5e
+def test_on_16_chips_split_kernels_are_gathered_over_data_alone_beside_the_sums_over_model(on_4x4):
+    blocks = 2 * [16 * 64 // 4, 128 * 256 // 4]
+    forward, step = on_4x4["data=4,model=4", True]
+    assert forward.keys() == {"all-gather", "all-reduce"}
+    assert sorted(forward["all-gather"]) == sorted([*blocks, SPLIT_STEM, SPLIT_HEAD])
+    assert forward["all-reduce"] == 2 * [8 * TOKENS]
+    assert sorted(step.pop("all-gather")) == sorted([*blocks, *blocks, SPLIT_STEM, SPLIT_HEAD])
+    assert step.pop("all-reduce").count(8 * TOKENS) == 4
+    # XLA computes a fourth of the stem's and the head's gradient on each part of model, and then moves it to its part of
+    # data: a permutation sends a fourth and receives one (and two numbers of its own).
+    assert sorted(step.pop("collective-permute")) == [2 * SPLIT_HEAD // 4 + 2, 2 * SPLIT_STEM // 4 + 2]
+    assert step == {}
+
+
+@v5e
+@pytest.mark.heavy
+def test_an_optimised_step_of_l16_scatters_the_gradients_of_split_kernels():
+    """Over data=16 each in a ring of permutations beside its matmul; over data=4 in all-reduces that keep a part."""
+    options = {"variant": "L/16", "sizes": {"num_blocks": 3}, "batch": 512, "split_weights": True}
+    rings, fused = (
+        compile_for("v5e:4x4", [Job("programs:placed_step", options | {"mesh": mesh})])[0]
+        for mesh in ("data=16", "data=4,model=4")
+    )
+    assert len(rings.collectives()["all-gather"]) == len(fused.collectives()["all-gather"]) == 10
+    assert len(re.findall(r"^%\S*windowed_dot_general_body_rs\S* \(", rings.text, re.M)) == 5  # and the stem's
+    assert not {196 * 512, 1024 * 4096} & set(rings.collectives()["all-reduce"])
+    assert len(re.findall(r"^%all-reduce-scatter\S* \(", fused.text, re.M)) == 4
+
+
 def test_a_program_that_does_not_compile_says_why():
     with pytest.raises(RuntimeError, match="compiling for cpu:1 failed(.|\n)*has no attribute 'nothing'"):
         compile_for("cpu:1", [Job("programs:nothing", {})])

@@ -10,6 +10,7 @@ import ahead_of_time
 import chart
 import learn
 import packed
+import memory
 import pytest
 from measure import PYTHONS
 from run import GOALS, judged
@@ -90,6 +91,32 @@ def test_the_tables_and_claims_of_the_page_are_those_that_runs_wrote():
     for row in computed["data_parallel"]:
         elements = {kind: sum(elements) for kind, elements in row["collectives"].items()}
         assert elements == ({} if row["target"] == "cpu:1" else {"all-reduce": gradients + 1})  # and the loss
+
+
+@pytest.mark.device("libtpu", "v5e")
+def test_memory_in_its_quick_form_counts_a_step_on_one_chip_and_on_sixteen(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "memory.py", "--quick", "--json", tmp_path / "memory.json"]
+    for again in (False, True):
+        process = subprocess.run(command, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        assert ("S/32 sgd" in process.stdout) != again  # the second run compiles nothing
+    one, sixteen = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    for row in (one, sixteen):
+        assert row["bytes"] == row["arguments"] + row["outputs"] - row["aliased"] + row["temporaries"]
+        assert 0 < row["outputs"] - row["aliased"] < 2**16  # metrics: the state is written in place
+    assert sixteen["outputs"] < one["outputs"]
+
+
+def test_the_largest_batch_is_on_the_line_through_two_that_are_compiled():
+    rows = [{"batch": batch, "bytes": 1000 + 10 * batch} for batch in (32, 64)]
+    assert memory.largest(rows, 8, 2000) == 96
+    assert memory.largest(rows, 16, 2159) == 112
+
+
+def test_the_tables_of_memory_are_those_that_a_run_wrote():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    computed = json.loads((RESULTS / "memory.json").read_text())
+    assert all(table in page for table in memory.tables(computed).split("\n\n"))
 
 
 def test_learning_in_its_quick_form_writes_every_part(tmp_path):

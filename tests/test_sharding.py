@@ -1,5 +1,7 @@
 """Weights and images on a mesh of eight simulated devices: the results of one device, and no collective beyond the sharding's.
 
+The axes of a mesh are automatic (JAX's compiler shards what is computed) or explicit (shardings are part of an array's type).
+
 As a script, in a process of its own, it prints a JSON line for each mesh.
 """
 
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import random_images, random_weights
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 from test_mesh import ENVIRONMENT
@@ -40,8 +42,8 @@ COLLECTIVE = re.compile(r"= .*?\b(all-reduce|all-gather|reduce-scatter|all-to-al
 RECIPE = Recipe(total_steps=100, warmup_steps=1, ema_decay=0.9, accumulation=2)
 
 
-def trained(dtype, placement=None):
-    """Logits by two ways, and the state after ten steps with dropout and stochastic depth, by name."""
+def trained(dtype, placement=None, *, steps=10):
+    """Logits by two ways, and the state after some steps with dropout and stochastic depth, by name."""
     checkpoint = Checkpoint.from_arrays(random_weights(CONFIG, dtype=dtype)).with_metadata(num_blocks=3)
     model = mixer_jax.load(
         checkpoint, sharding=placement, stochastic_depth_rate=0.3, dropout_rate=0.1, rngs=nnx.Rngs(0), precision="highest"
@@ -51,7 +53,7 @@ def trained(dtype, placement=None):
         images, labels = jax.device_put((images, labels), placement.images)
     results = {"compiled": mixer_jax.compiled(model)(images), "logits": jax.jit(lambda x: model(x))(images)}
     step, state = jax.jit(make_train_step(model, RECIPE), donate_argnums=0), initial_state(model, RECIPE)
-    for _ in range(10):
+    for _ in range(steps):
         state, _ = step(state, images, labels, jax.random.key(0, impl="threefry2x32"))
     results |= {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
     return {name: np.asarray(array) for name, array in results.items()}, state
@@ -71,16 +73,21 @@ def collectives(placement):
 
 
 def main():
-    for dtype in ("float64", "float32"):
-        one, _ = trained(dtype)
+    for dtype, axes in (("float64", AxisType.Auto), ("float64", AxisType.Explicit), ("float32", AxisType.Auto)):
+        steps = 10 if dtype == "float64" else 0
+        if axes == AxisType.Auto:
+            one, _ = trained(dtype, steps=steps)
         for text, split in MESHES:
-            placement = Placement.checked(mesh_of(text), CONFIG, split_weights=split, batch_size=16)
-            many, state = trained(dtype, placement)
+            mesh = mesh_of(text).update(axis_types=(axes, axes))
+            placement = Placement.checked(mesh, CONFIG, split_weights=split, batch_size=16)
+            many, state = trained(dtype, placement, steps=steps)
             errors = {name: float(np.abs(many[name] - one[name]).max() / max(np.abs(one[name]).max(), 1e-30)) for name in one}
             own_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
             whole_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            row = {"dtype": dtype, "mesh": text, "split": split, "error": max(errors.values()), "logits": errors["logits"]}
-            row |= {"part": own_bytes / whole_bytes}
+            row = {"dtype": dtype, "axes": axes.name, "mesh": text, "split": split, "error": max(errors.values())}
+            row |= {"logits": errors["logits"], "part": own_bytes / whole_bytes}
+            kept = zip(jax.tree.leaves(state), jax.tree.leaves(placement.tree(state)))
+            row["kept"] = all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf, sharding in kept)
             if dtype == "float32":
                 row["forward"], row["step"] = collectives(placement)
             print(json.dumps(row))
@@ -136,9 +143,13 @@ def rows():
 
 def test_logits_and_ten_steps_are_those_of_one_device(rows):
     rows = [row for row in rows if "mesh" in row]
-    assert len(rows) == 8
+    assert len(rows) == 12
     assert max(row["error"] for row in rows if row["dtype"] == "float64") <= 1e-12  # measured: 2e-15
     assert max(row["logits"] for row in rows if row["dtype"] == "float32") <= 2e-6
+
+
+def test_with_explicit_axes_the_state_stays_where_the_placement_puts_it(rows):
+    assert [row["kept"] for row in rows if row["axes"] == "Explicit"] == 4 * [True]
 
 
 def test_programs_have_the_collectives_that_the_sharding_calls_for(rows):

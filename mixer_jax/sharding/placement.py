@@ -4,8 +4,8 @@ __all__ = ["Placement", "mesh_of"]
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import jax
@@ -57,6 +57,9 @@ class Placement:
     Images are split over data. The hidden widths of both MLPs are split over model (tensor parallelism), so that each half of a
     block sums once over it. With `split_weights` every kernel is split over data too, and with it its gradient and its part
     of the optimiser's state (fully sharded data parallelism): a block's kernels are gathered when it runs.
+
+    The axes may be explicit, `AxisType.Explicit`: weights, gradients and logits then have these shardings in their types.
+    Inside the model the axes are automatic, so masks and what a hook returns may not have them.
     """
 
     mesh: Mesh
@@ -101,11 +104,21 @@ class Placement:
         indices = self.images.addressable_devices_indices_map((batch_size,)).values()
         return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
+    @property
+    def is_explicit(self) -> bool:
+        return AxisType.Explicit in self.mesh.axis_types
+
+    def automatic(self, function: Callable[..., jax.Array], *, like: jax.Array) -> Callable[..., jax.Array]:
+        """A function of arrays on the mesh, with automatic axes inside; its result's batch is split as that of `like`."""
+        batch = jax.typeof(like).sharding.spec[:1]
+        return jax.sharding.auto_axes(function, out_sharding=NamedSharding(self.mesh, P(*batch)))
+
     def used(self, name: str, weight: jax.Array) -> jax.Array:
         """A weight as it is computed with: gathered over data. Its gradient is split again where it arises."""
         if not self.split_weights:
             return weight
-        kept, gathered = (self._sharding(name, weight.ndim, kept=kept) for kept in (True, False))
+        inside = replace(self, mesh=self.mesh.update(axis_types=(AxisType.Auto,) * len(self.mesh.axis_names)))
+        kept, gathered = (inside._sharding(name, weight.ndim, kept=kept) for kept in (True, False))
         return weight if kept == gathered else _gather(weight, kept, gathered)
 
     def tree(self, tree: Any) -> Any:

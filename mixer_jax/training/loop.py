@@ -231,7 +231,7 @@ class Trainer:
 
         def logits(weights: dict[str, Any], images: jax.Array, read: jax.Array) -> tuple[jax.Array, jax.Array]:
             model = with_weights(self.model, weights)
-            return model.head(images) if self.config.cache_features else model(images), read  # type: ignore[misc]
+            return model.logits(images) if self.config.cache_features else model(images), read
 
         return jax.jit(logits, out_shardings=None if placement is None else placement.everywhere)
 

@@ -85,7 +85,7 @@ def make_train_step(model: MlpMixer, recipe: Recipe, *, from_features: bool = Fa
         images, labels, masks = batch
         by_name = (lambda name, shape, keep_rate: masks[name]) if masks else None
         merged = _merged(in_training, frozen | trained)
-        logits = merged.head(images) if from_features else merged(images, rngs=key, masks=by_name)  # type: ignore[misc]
+        logits = merged.logits(images) if from_features else merged(images, rngs=key, masks=by_name)
         return loss_of(recipe, logits, labels)
 
     def train_step(
@@ -144,7 +144,7 @@ def _mean(gradient: Callable, trained: Weights, frozen: Weights, batch: Any, key
         return jax.tree.map(jnp.add, total, gradient(trained, frozen, *inputs)), None
 
     shapes = jax.eval_shape(gradient, trained, frozen, jax.tree.map(lambda array: array[0], split), key)
-    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, _wide(array.dtype)), shapes)
+    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, _wide(array.dtype), out_sharding=array.sharding), shapes)
     total, _ = jax.lax.scan(add, zeros, (split, jax.random.split(key, parts)))
     return jax.tree.map(lambda array, like: (array / parts).astype(like.dtype), total, shapes)
 
