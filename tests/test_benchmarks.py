@@ -9,8 +9,8 @@ from pathlib import Path
 import ahead_of_time
 import chart
 import learn
-import packed
 import memory
+import packed
 import pytest
 from measure import PYTHONS
 from run import GOALS, judged
