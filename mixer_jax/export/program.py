@@ -1,0 +1,99 @@
+"""What an exported program takes and gives, whatever its format, and the facts that travel with it."""
+
+__all__ = ["ExportOptions", "Facts", "Program"]
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, Self
+
+import numpy as np
+
+from convert import Checkpoint, CheckpointError, MixerConfig
+from convert.dtypes import weights_dtype
+from convert.identity import fingerprint
+
+KIND = "mixer_jax exported program, version 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """`features`: the head's input instead of logits. `softmax`: scores instead of logits. `uint8`: pixels from 0 to 255 in,
+    scaled inside the program, so that nobody can feed another range. `dtype` is that of the weights and of the computation.
+    """
+
+    features: bool = False
+    softmax: bool = False
+    uint8: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.features and self.softmax:
+            raise ValueError("features have no softmax: leave out one of the two")
+        object.__setattr__(self, "dtype", weights_dtype(self.dtype).name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a program cannot say of itself. `fingerprint` identifies the weights before a cast; `versions` are the writer's."""
+
+    config: MixerConfig
+    options: ExportOptions
+    labels: tuple[str, ...] | None
+    preprocessing: str | None
+    fingerprint: str
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, options: ExportOptions, *packages: str) -> Self:
+        """Raises CheckpointError where options need what the checkpoint does not have."""
+        config, metadata = checkpoint.config, checkpoint.metadata
+        if not config.num_classes and not options.features:
+            raise CheckpointError(f"{checkpoint.source}: has no head, so no logits: export its features with --features")
+        if options.uint8 and metadata.preprocessing is None:
+            raise CheckpointError(
+                f"{checkpoint.source}: names no preprocessing, which --uint8 needs: choose one with --preprocess"
+            )
+        versions = {name: version(name) for name in ("mixer-jax", *packages)}
+        identity = fingerprint(checkpoint.arrays, checkpoint.layout)
+        labels = None if options.features else metadata.labels
+        return cls(
+            config=config,
+            options=options,
+            labels=labels,
+            preprocessing=metadata.preprocessing,
+            fingerprint=identity,
+            versions=versions,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": KIND} | asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str) -> Self:
+        """Raises CheckpointError for anything that `to_json` did not write."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            kind = values.pop("kind")
+            if kind != KIND:
+                raise CheckpointError(f"{source}: is a {kind!r}, and this version reads a {KIND!r}: export it again")
+            values["config"] = MixerConfig(**values["config"])
+            values["options"] = ExportOptions(**values["options"])
+            values["labels"] = None if values["labels"] is None else tuple(values["labels"])
+            return cls(**values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{source}: its facts are damaged ({type(error).__name__}: {error})") from None
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported program, opened. `run` takes images (b, h, w, channels), uint8 pixels from 0 to 255 with `uint8` and else
+    float32 as preprocessing makes them, and gives float32 logits, scores (b, classes) or features (b, hidden).
+    """
+
+    source: str
+    facts: Facts
+    run: Callable[[np.ndarray], np.ndarray]
