@@ -94,6 +94,7 @@ def test_the_tables_and_claims_of_the_page_are_those_that_runs_wrote():
 
 
 @pytest.mark.device("libtpu", "v5e")
+@pytest.mark.heavy
 def test_memory_in_its_quick_form_counts_a_step_on_one_chip_and_on_sixteen(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "memory.py", "--quick", "--json", tmp_path / "memory.json"]
     for again in (False, True):

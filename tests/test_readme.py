@@ -143,6 +143,7 @@ def test_the_page_on_fine_tuning_runs(folder, capsys):
     assert mixer_jax.load("pets.npz").labels == ("cat", "dog")
 
 
+@pytest.mark.heavy
 def test_the_page_on_scaling_runs_in_two_processes(folder):
     """Its commands two by two; and the others are words that a shell and our command line know."""
     pytest.importorskip("grain")

@@ -77,7 +77,7 @@ def main():
         steps = 10 if dtype == "float64" else 0
         if axes == AxisType.Auto:
             one, _ = trained(dtype, steps=steps)
-        for text, split in MESHES:
+        for text, split in MESHES if axes == AxisType.Auto else MESHES[1::2]:
             mesh = mesh_of(text).update(axis_types=(axes, axes))
             placement = Placement.checked(mesh, CONFIG, split_weights=split, batch_size=16)
             many, state = trained(dtype, placement, steps=steps)
@@ -98,7 +98,7 @@ def main():
 def restored_elsewhere(state):
     """Whether a state that is split over eight devices has the same bits on other meshes, and on one device."""
     equal, devices = {}, jax.devices()
-    targets = {f"{text}, {split}": Placement(mesh_of(text), split) for text, split in MESHES}
+    targets = {text: Placement(mesh_of(text), split) for text, split in MESHES[1:3]}
     targets |= {"model=2": Placement(mesh_of("model=2", devices[:2])), "one": Placement(mesh_of(None, devices[:1]))}
     with tempfile.TemporaryDirectory() as folder:
         states = States(Path(folder))
@@ -143,13 +143,13 @@ def rows():
 
 def test_logits_and_ten_steps_are_those_of_one_device(rows):
     rows = [row for row in rows if "mesh" in row]
-    assert len(rows) == 12
+    assert len(rows) == 10
     assert max(row["error"] for row in rows if row["dtype"] == "float64") <= 1e-12  # measured: 2e-15
     assert max(row["logits"] for row in rows if row["dtype"] == "float32") <= 2e-6
 
 
 def test_with_explicit_axes_the_state_stays_where_the_placement_puts_it(rows):
-    assert [row["kept"] for row in rows if row.get("axes") == "Explicit"] == 4 * [True]
+    assert [row["kept"] for row in rows if row.get("axes") == "Explicit"] == 2 * [True]
 
 
 def test_programs_have_the_collectives_that_the_sharding_calls_for(rows):
@@ -165,7 +165,7 @@ def test_programs_have_the_collectives_that_the_sharding_calls_for(rows):
 
 def test_a_state_has_the_same_bits_on_any_mesh(rows):
     (equal,) = (row["restored"] for row in rows if "restored" in row)
-    assert len(equal) == 6
+    assert len(equal) == 4
     assert all(equal.values()), equal
 
 
