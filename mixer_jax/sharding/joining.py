@@ -90,6 +90,7 @@ class Processes:
         import jax
 
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # gloo takes what it is sent in the order of arrival
         jax.config.update("jax_enable_recoverability", True)  # so that the loss of one can be said, before all end
         options: dict[str, Any] = {"initialization_timeout": PATIENCE, "heartbeat_timeout_seconds": HEARTBEAT}
         try:
