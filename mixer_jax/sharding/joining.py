@@ -86,7 +86,8 @@ class Processes:
     def _join(self) -> None:
         if self.coordinator is not None and self.index:
             _require_coordinator(self.coordinator)
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # warnings of the runtime
+        if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # what JAX sets
+            os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # without the runtime's warnings
         import jax
 
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
