@@ -141,22 +141,23 @@ def run_lines(weights: Path) -> list[str]:
     rows = [json.loads(line) for line in (run / METRICS).read_text("utf-8").splitlines() if line.endswith("}")]
     scored = [row for row in rows if "validation_images" in row]
     end: dict[str, Any] = next((row for row in rows if "best_step" in row), {})
-    if weights.name == "best":
-        order = {row["step"]: (row["validation_correct"], -row["validation_loss"], -row["step"]) for row in scored}
-        scored = sorted(scored, key=lambda row: order[row["step"]])
     lines = ["Fine-tuned by `python -m mixer_jax finetune`:", ""]
+
+    def add(what: str, part: str, row: Mapping[str, Any]) -> None:
+        correct, images = row[f"{part}_correct"], row[f"{part}_images"]
+        lines.append(f"- {what}: {100 * correct / images:.2f} % of {images:,} {part} images right ({correct:,})")
+
     if scored:
-        row = scored[-1]
-        lines.append(
-            f"- step {row['step']}: {_share(row['validation_correct'], row['validation_images'])} validation images right"
-        )
+        signs = {"validation_correct": 1, "validation_loss": -1, "step": -1}  # as the run chose its best
+        best = max(scored, key=lambda row: [sign * row[name] for name, sign in signs.items()])
+        row = best if weights.name == "best" else scored[-1]
+        add(f"step {row['step']}", "validation", row)
     if "test_images" in end and weights.name == "best":
-        lines.append(
-            f"- {_share(end['test_correct'], end['test_images'])} test images right, scored once at the end of the run"
-        )
+        add("once, at the end", "test", end)
     data = {name: part["images"] for name, part in settings["data"].items()}
     lines.append("- images: " + ", ".join(f"{count:,} for {name}" for name, count in data.items()))
-    lines.append(f"- began from weights with the fingerprint `{_plain(settings['model']['weights'])}`")
+    began = _plain(settings["model"]["weights"])  # "random, S/32", or a fingerprint
+    lines.append(f"- began from {began if began.startswith('random') else f'weights with the fingerprint `{began}`'}")
     lines += ["- settings:", "", "```json", json.dumps(settings["config"], indent=2), "```"]
     return lines
 
@@ -202,10 +203,6 @@ def _parsed(file: Path) -> Any:
         return json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: is not JSON ({error})") from None
-
-
-def _share(correct: int, images: int) -> str:
-    return f"{100 * correct / images:.2f} % ({correct:,} of {images:,})"
 
 
 def _plain(text: Any) -> str:
