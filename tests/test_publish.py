@@ -153,7 +153,8 @@ def test_the_card_says_what_timm_computes_without_being_told_the_gelu(source, tm
     assert f"| fingerprint | `{done.fingerprint}`" in card
     assert f"| parameters | {done.parameters:,}, float32 |" in card
     assert "`timm_bicubic`: bicubic interpolation, crop mode center with a crop of 0.875" in card
-    compile(re.search("```python\n(.*?)```", card, re.DOTALL)[1], "card", "exec")
+    for block in re.findall("```python\n(.*?)```", card, re.DOTALL):
+        compile(block, "card", "exec")
 
 
 def test_a_card_of_exact_weights_needs_no_remedy(source, tmp_path):
@@ -162,7 +163,8 @@ def test_a_card_of_exact_weights_needs_no_remedy(source, tmp_path):
     assert done.gelu_gap is None
     assert "timm's own code computes the same" in card
     assert "act_layer" not in card
-    compile(re.search("```python\n(.*?)```", card, re.DOTALL)[1], "card", "exec")
+    for block in re.findall("```python\n(.*?)```", card, re.DOTALL):
+        compile(block, "card", "exec")
 
 
 def test_a_chosen_preprocessing_is_told_from_the_weights_own(source, tmp_path):
@@ -433,6 +435,26 @@ def test_a_missing_client_and_an_illegal_name_are_said_before_anything_is_read(m
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"uploading to the hub needs its client: pip install 'mixer-jax\[hub\]'"):
         publish("missing.npz", tmp_path / "small", push_to="me/small")
+
+
+DEVIATIONS = {
+    "timm float64": 2e-12,
+    "transformers float32": 2e-6,
+    "inputs unequal": 1,
+    "processor differs from transform": True,
+}
+DEVIATIONS |= {"labels": ["LABEL_0"], "gap": 1e-4}
+
+
+@pytest.mark.parametrize("figure", DEVIATIONS)
+def test_the_check_with_timm_notices_each_deviation(figure):
+    from published import faults
+
+    said = {"labels": LABELS, "tolerance": 1e-6, "gap": 2e-4}
+    result = {"labels": LABELS, "gap": 2e-4, "inputs unequal": 0, "processor differs from transform": False}
+    result |= {f"{side} {dtype}": 1e-15 for side in ("timm", "transformers") for dtype in ("float32", "float64")}
+    assert faults(said, result) == []
+    assert len(faults(said, result | {figure: DEVIATIONS[figure]})) == 1
 
 
 def test_convert_names_the_program_that_publishes(capsys):

@@ -76,29 +76,25 @@ def _measured(facts: Facts) -> dict[str, list[str]]:
 
 
 def _usage(facts: Facts) -> str:
-    timm, ours = (f"{prefix}{facts.name}" if facts.pushed else facts.name for prefix in ("hf-hub:", "hf:"))
-    timm = timm if facts.pushed else f"local-dir:{facts.name}"
-    auto = "AutoModelForImageClassification" if facts.config.num_classes else "AutoModel"
-    lines = ["from functools import partial", ""] if facts.gap else []
-    lines += ["import timm", *(["from torch import nn"] if facts.gap else [])]
-    lines += [f"from transformers import {'AutoConfig, ' if facts.gap else ''}AutoImageProcessor, {auto}", ""]
-    if facts.gap:
-        lines += ['tanh = partial(nn.GELU, approximate="tanh")  # as these weights were trained']
-    gelu = ", act_layer=tanh" if facts.gap else ""
-    lines += [f"model = timm.create_model({json.dumps(timm)}, pretrained=True{gelu}).eval()"]
-    lines += ["transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))", ""]
-    if facts.gap:
-        lines += [f"config = AutoConfig.from_pretrained({json.dumps(facts.name)})"]
-        lines += ['config.model_args = {**(config.model_args or {}), "act_layer": tanh}']
-    config = ", config=config" if facts.gap else ""
-    lines += [f"model = {auto}.from_pretrained({json.dumps(facts.name)}{config})"]
-    lines += [f"processor = AutoImageProcessor.from_pretrained({json.dumps(facts.name)})", ""]
-    lines += [
-        "import mixer_jax",
-        "",
-        f"model = mixer_jax.load({json.dumps(ours)})  # finds numerics and preprocessing in the file",
+    """A block of Python for each of timm, transformers and mixer_jax."""
+    name, auto = json.dumps(facts.name), "AutoModelForImageClassification" if facts.config.num_classes else "AutoModel"
+    for_timm, ours = (json.dumps(f"{p}{facts.name}" if facts.pushed else facts.name) for p in ("hf-hub:", "hf:"))
+    for_timm = for_timm if facts.pushed else json.dumps(f"local-dir:{facts.name}")
+    partial, nn = (["from functools import partial", ""], ["from torch import nn"]) if facts.gap else ([], [])
+    tanh = 'partial(nn.GELU, approximate="tanh")'
+    blocks = [
+        [*partial, "import timm", *nn, ""],
+        [*partial, *nn, f"from transformers import {'AutoConfig, ' if facts.gap else ''}AutoImageProcessor, {auto}", ""],
+        ["import mixer_jax", "", f"model = mixer_jax.load({ours})  # finds numerics and preprocessing in the folder"],
     ]
-    return "\n".join(["```python", *lines, "```"])
+    told = [f"tanh = {tanh}  # as these weights were trained"] if facts.gap else []
+    blocks[0] += [*told, f"model = timm.create_model({for_timm}, pretrained=True{', act_layer=tanh' if told else ''}).eval()"]
+    blocks[0] += ["transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))"]
+    told = [f"config = AutoConfig.from_pretrained({name})"] if facts.gap else []
+    told += [f'config.model_args = {{**(config.model_args or {{}}), "act_layer": {tanh}}}'] if facts.gap else []
+    blocks[1] += [*told, f"model = {auto}.from_pretrained({name}{', config=config' if told else ''})"]
+    blocks[1] += [f"processor = AutoImageProcessor.from_pretrained({name})"]
+    return "\n\n".join("\n".join(["```python", *block, "```"]) for block in blocks)
 
 
 def _numerics(facts: Facts) -> str:
@@ -130,10 +126,12 @@ def _preprocessing(facts: Facts) -> str:
 
 def run_lines(weights: Path) -> list[str]:
     """What the run of `finetune` says whose `best` or `last` these weights are; nothing for others."""
+    if weights.name not in WEIGHTS_OF_RUN:
+        return []
     from ..training.run_folder import CONFIG, KIND, METRICS
 
     run = weights.parent
-    if weights.name not in WEIGHTS_OF_RUN or not (run / CONFIG).is_file() or not (run / METRICS).is_file():
+    if not (run / CONFIG).is_file() or not (run / METRICS).is_file():
         return []
     settings = _parsed(run / CONFIG)
     if not isinstance(settings, dict) or settings.get("kind") != KIND:
