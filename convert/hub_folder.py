@@ -28,10 +28,10 @@ ARCHITECTURES = {  # by depth, width and patch; timm's entry points take no othe
     for patch in (16, 32)
 }
 USUAL_RATIO, USUAL_SIZE = [0.5, 4.0], (224, 224)
-NEAREST = {  # of timm's transforms to the preprocessings that they cannot compute
-    "resmall_crop": "timm:box,center=0.875,mean=0.5,std=0.5",
-    "resize_crop": "timm:bilinear,squash=0.875,mean=0.5,std=0.5",
-    "squash": "timm:bilinear,squash=1,mean=0.5,std=0.5",
+NEAREST = {  # of timm's interpolations to the preprocessings that they cannot compute, by the mean difference on photographs
+    "resmall_crop": "timm:bilinear,center=0.875,mean=0.5,std=0.5",
+    "resize_crop": "timm:hamming,squash=0.875,mean=0.5,std=0.5",
+    "squash": "timm:hamming,squash=1,mean=0.5,std=0.5",
 }
 CANNOT_LOG_IN = "log in with `hf auth login` or set HF_TOKEN, and check the name and the connection"
 
