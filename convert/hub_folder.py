@@ -90,9 +90,10 @@ def _data_config(preprocessing: str | None, channels: int, doubt: str | None) ->
     how = parsed(preprocessing)
     how = NAMED_BY_TIMM.get(how, how) if isinstance(how, str) else how
     if isinstance(how, str):
+        copies = ", and timm's own copies of Google's files have timm_bicubic" if how == "resmall_crop" else ""
         raise CheckpointError(
             f"timm's transforms cannot compute the pixels of {how}: choose one of theirs with --preprocess; the nearest is "
-            f"{NEAREST[how]}, and timm's own copies of Google's files have timm_bicubic"
+            f"{NEAREST[how]}{copies}"
         )
     if how.channels not in (None, channels):
         raise CheckpointError(f"preprocessing {how} is for {how.channels} channels, and the model takes {channels}")

@@ -155,7 +155,8 @@ def run_lines(weights: Path) -> list[str]:
     data = {name: part["images"] for name, part in settings["data"].items()}
     lines.append("- images: " + ", ".join(f"{count:,} for {name}" for name, count in data.items()))
     began = _plain(settings["model"]["weights"])  # "random, S/32", or a fingerprint
-    lines.append(f"- began from {began if began.startswith('random') else f'weights with the fingerprint `{began}`'}")
+    scratch = began.startswith("random, ")
+    lines.append(f"- began from {began.replace(',', ' weights of', 1) if scratch else f'weights of fingerprint `{began}`'}")
     lines += ["- settings:", "", "```json", json.dumps(settings["config"], indent=2), "```"]
     return lines
 
