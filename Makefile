@@ -58,7 +58,7 @@ bench-ahead-of-time: .venv/installed  ## compile for a TPU v5e, and for an H100 
 	$(BIN)/python benchmarks/memory.py
 
 published: .venv/installed .venv-peers/installed  ## open published folders with timm and transformers: logits and pixels beside ours
-	$(BIN)/python benchmarks/published.py
+	$(BIN)/python benchmarks/published.py --json benchmarks/results/published.json
 
 picture: .venv/installed  ## train a small Mixer on two photographs and draw its units: docs/token-mixing.png
 	$(BIN)/python benchmarks/picture.py
