@@ -8,7 +8,7 @@ PEERS := .venv-peers/bin
 PYTEST = -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 WITH_H100 = $(if $(wildcard $(H100)/python),--h100-python $(H100)/python)
 
-.PHONY: demo test test-heavy test-latest test-h100 parity-devices verify finetune-cifar10 bench bench-quick bench-ahead-of-time picture lint format clean
+.PHONY: demo test test-heavy test-latest test-h100 parity-devices verify finetune-cifar10 bench bench-quick bench-ahead-of-time published picture lint format clean
 
 demo: .venv/installed  ## train on digits, convert, compare; WEIGHTS=Mixer-B_16.npz starts from a released file
 	$(BIN)/python -m mixer_jax demo $(WEIGHTS)
@@ -56,6 +56,9 @@ bench-quick: .venv/installed  ## check on a small model that all implementations
 bench-ahead-of-time: .venv/installed  ## compile for a TPU v5e, and for an H100 after make test-h100
 	$(BIN)/python benchmarks/ahead_of_time.py $(WITH_H100)
 	$(BIN)/python benchmarks/memory.py
+
+published: .venv/installed .venv-peers/installed  ## open published folders with timm and transformers: logits and pixels beside ours
+	$(BIN)/python benchmarks/published.py --json benchmarks/results/published.json
 
 picture: .venv/installed  ## train a small Mixer on two photographs and draw its units: docs/token-mixing.png
 	$(BIN)/python benchmarks/picture.py

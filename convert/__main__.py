@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
             argv.insert(0, "convert")  # the verb that may be left out
         elif meant in A2B:
             parser.error(f"no command {argv[0]!r}: did you mean {meant}?")
+        elif argv[0] == "publish":
+            parser.error("publish is a command of python -m mixer_jax: it measures what these weights compute")
     require_verb(parser, argv, VERBS, f"{', '.join(VERBS[:4])} and A2B, as in npz2torch; A and B are of {', '.join(NAMES)}")
     arguments = parser.parse_args(argv)
     return run_guarded(lambda: arguments.run(arguments))

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,19 +17,30 @@ from .errors import CheckpointError
 from .formats import is_orbax
 
 
+def _is_orbax_target(path: Path) -> bool:
+    return is_orbax(path) and path.suffix in ("", ".orbax")
+
+
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], *, size: int, folder: bool = False, force: bool = False) -> Iterator[Path]:
+def atomic_write(
+    path: str | os.PathLike[str],
+    *,
+    size: int,
+    folder: bool = False,
+    force: bool = False,
+    replaceable: Callable[[Path], bool] = _is_orbax_target,
+) -> Iterator[Path]:
     """A path to write a file to, or with `folder` a folder. It becomes `path` at the end of the block, or vanishes.
 
     Refused at once if the disk has no room for `size` bytes. Where the system allows it, the file has no name until it is
     complete, so that even a killed process leaves nothing; otherwise, and for folders, the next writer removes what killed
     processes left beside `path`. The content has reached the disk before the last step, one link or rename. Without `force`
     an existing `path` is an error, also if it appears meanwhile. With `force` a file replaces a file, and a folder replaces
-    another Orbax checkpoint, never any other folder.
+    one that is `replaceable`, an Orbax checkpoint unless another rule is given, never any other folder.
     """
     path = Path(path)
     _remove_abandoned(path)
-    check_writable(path, force=force, folder=folder)
+    check_writable(path, force=force, folder=folder, replaceable=replaceable)
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise CheckpointError(f"{path}: needs {size / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left")
@@ -38,7 +49,7 @@ def atomic_write(path: str | os.PathLike[str], *, size: int, folder: bool = Fals
         new = unnamed or stack.enter_context(_temporary_folder(path)) / "new"
         yield new
         _sync_all(new)
-        check_writable(path, force=force, folder=folder)
+        check_writable(path, force=force, folder=folder, replaceable=replaceable)
         if unnamed and path.exists():  # only a rename replaces, and a rename needs a name
             new = stack.enter_context(_temporary_folder(path)) / "new"
             _link(unnamed, new)
@@ -51,14 +62,16 @@ def atomic_write(path: str | os.PathLike[str], *, size: int, folder: bool = Fals
         _sync(path.parent)
 
 
-def check_writable(path: Path, *, force: bool, folder: bool = False) -> None:
-    """Raise CheckpointError if `path` must not be written."""
+def check_writable(
+    path: Path, *, force: bool, folder: bool = False, replaceable: Callable[[Path], bool] = _is_orbax_target
+) -> None:
+    """Raise CheckpointError if `path` must not be written. `replaceable` tells which folders `force` replaces."""
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir():
-        replaceable = is_orbax(path) and path.suffix in ("", ".orbax")
-        if not (force and replaceable):
-            remedy = " (replace it with --force or force=True)" if replaceable else "; give a name that is free"
+        known = replaceable(path)
+        if not (force and known):
+            remedy = " (replace it with --force or force=True)" if known else "; give a name that is free"
             raise CheckpointError(f"{path}: a folder is in the way{remedy}")
     elif path.exists() and folder:
         raise CheckpointError(f"{path}: a file is in the way of the folder; give a name that is free")

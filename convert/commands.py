@@ -3,7 +3,6 @@
 __all__ = ["A2B", "Changes", "Comparison", "Conversion", "compare_files", "convert_file", "inspect_file", "plan_file"]
 
 import itertools
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from .checkpoint import Checkpoint
 from .config import Size
 from .errors import CheckpointError
 from .formats import format_for_writing, format_of_file
+from .hub_folder import mlp_factor
 from .identity import ArrayDifference, differences, fingerprint, same_sizes, sha256_of
 from .io import ReadOptions, read, usual_layout, write
 from .labels import read_labels
@@ -246,17 +246,11 @@ def _timm_arguments(checkpoint: Checkpoint) -> dict[str, Any] | None:
         config = checkpoint.config
     except CheckpointError:  # the grid is unknown
         return None
-    ratio = tuple(_ratio(width, config.hidden_dim) for width in (config.tokens_mlp_dim, config.channels_mlp_dim))
+    ratio = tuple(mlp_factor(width, config.hidden_dim) for width in (config.tokens_mlp_dim, config.channels_mlp_dim))
     if (ratio, config.image_size) == ((0.5, 4.0), (224, 224)):
         return None
     height, width = config.image_size
     return {"mlp_ratio": ratio, "image_size": height if height == width else (height, width)}
-
-
-def _ratio(width: int, hidden_dim: int) -> float:
-    """The factor that timm multiplies hidden_dim by before it truncates the result to a whole number."""
-    ratio = width / hidden_dim
-    return ratio if int(ratio * hidden_dim) == width else math.nextafter(ratio, math.inf)
 
 
 def _published(source: AnyPath, checkpoint: Checkpoint) -> str:

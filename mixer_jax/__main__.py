@@ -141,6 +141,14 @@ def draw(arguments: argparse.Namespace) -> None:
     print(f"{path}: {figure.get_suptitle()}")
 
 
+def publish(arguments: argparse.Namespace) -> None:
+    from .commands.publish import run
+
+    names = ("licence", "evaluation", "labels", "force")
+    options = {name: getattr(arguments, name) for name in names}
+    run(arguments.source, arguments.folder, push_to=arguments.push, reading=reading_options(arguments), **options)
+
+
 def _model_options(arguments: argparse.Namespace) -> "ModelOptions":
     from .commands.model_options import ModelOptions
 
@@ -151,7 +159,7 @@ def _model_options(arguments: argparse.Namespace) -> "ModelOptions":
     return ModelOptions(reading=reading_options(arguments), use_exif=arguments.exif, **options)
 
 
-VERBS = {verb.__name__: verb for verb in (summary, demo, predict, evaluate, finetune, pack, parity, draw)}
+VERBS = {verb.__name__: verb for verb in (summary, demo, predict, evaluate, finetune, pack, parity, draw, publish)}
 
 
 def entry() -> None:

@@ -197,8 +197,8 @@ def test_every_verb_is_a_python_function(folder, released):
     scope: dict = {"model": mixer_jax.load("Mixer-B_16.npz"), "checkpoint": convert.read("Mixer-B_16.npz")}
     _make_pets(folder)
     scope["config"] = FinetuneConfig.of("small", batch_size=4, warmup_steps=1, total_steps=2)
-    modules = "convert.download, mixer_jax.pictures.weights, "
-    modules += ", ".join(f"mixer_jax.commands.{name}" for name in ("demo", "finetune", "pack", "parity"))
+    modules = "convert, convert.download, mixer_jax.pictures.weights, "
+    modules += ", ".join(f"mixer_jax.commands.{name}" for name in ("demo", "finetune", "pack", "parity", "publish"))
     exec(f"from pathlib import Path; import {modules}", scope)
     results = {verb: eval(python, scope) for _, verb, python in rows}
     assert len(results["predict"][0].top) == 3
@@ -206,6 +206,7 @@ def test_every_verb_is_a_python_function(folder, released):
     assert results["parity"].passed
     assert results["finetune"].best_row["validation_images"] == 2
     assert results["pack"] == 8
+    assert results["publish"].architecture == "mixer_b16_224"
     assert results["evaluate"].top1.images == 2
 
 

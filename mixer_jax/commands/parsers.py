@@ -23,7 +23,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mixer-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     verbs = _add_summary, _add_demo, _add_predict, _add_evaluate, _add_finetune, _add_pack, _add_parity, _add_draw
-    for add in verbs:
+    for add in (*verbs, _add_publish):
         add(commands)
     return parser
 
@@ -166,6 +166,21 @@ def _add_draw(commands: Subparsers) -> None:
     command.add_argument("--blocks", type=_blocks, metavar="0,1-3", help="blocks to draw (default: the first 3; norms: all)")
     command.add_argument("--units", type=whole_number(1), metavar="N", help="draw only the first N units (default: all)")
     command.add_argument("--force", action="store_true", help="replace OUT.png")
+    add_reading_options(command)
+
+
+def _add_publish(commands: Subparsers) -> None:
+    example = "publish pets-run/best pets --preprocess timm_bicubic --licence apache-2.0 --push me/pets"
+    command = _command(commands, "publish", "a folder that timm, transformers and load open, for the hub", example=example)
+    command.add_argument("source", metavar="FILE", help="a checkpoint; best of a run brings the run's results into the card")
+    command.add_argument("folder", metavar="FOLDER", help="folder to write: model.safetensors, config.json and README.md")
+    command.add_argument("--licence", metavar="ID", help="the hub's identifier of the licence, such as apache-2.0")
+    command.add_argument("--evaluation", metavar="evaluate.json", help="put what evaluate --json printed into the card")
+    command.add_argument("--labels", metavar="FILE", help="names of the classes, one a line")
+    command.add_argument("--push", metavar="owner/name", help="upload to this repository; nothing is uploaded without")
+    command.add_argument(
+        "--force", action="store_true", help="replace an older FOLDER, and with --push the repository's weights"
+    )
     add_reading_options(command)
 
 
