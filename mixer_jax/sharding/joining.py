@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from .processes import AllFailed, exchanged, is_first
 
 PATIENCE = 60  # seconds to find each other
 HEARTBEAT = 20  # seconds after which a silent process is dead
+INTERVAL = 1  # seconds from one question whether it lives to the next
+ADVICE = "what was saved is still there, and the same commands go on"
 LOST = re.compile("Gloo|NCCL|onnection (closed|reset|refused)|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED")
 # What a process says that the runtime ended at once, by a child that outlives it.
 LAST_WORD = "import sys; sys.stdin.buffer.read() or print(sys.argv[1], file=sys.stderr)"
@@ -41,22 +44,24 @@ class Processes:
     def run(self, command: Callable[[], int | None]) -> int:
         """As `run_guarded`, as one of the processes. Standard output is that of the first alone.
 
-        A process that loses another one says which, and ends; it cannot go on alone.
+        A process that loses another one says which, and ends, whatever it is waiting for: it cannot go on alone.
         """
         say_last = subprocess.Popen([sys.executable, "-ISc", LAST_WORD, self._ended], stdin=-1, start_new_session=True)
-        in_order = False
+        watch, in_order = _Watch(say_last), False
 
         def joined() -> int | None:
             nonlocal in_order
             try:
                 self._join()
+                watch.start()
                 code = command()
             except AllFailed:
                 in_order = True
                 raise
             except Exception as error:
-                if LOST.search(str(error)):
-                    raise CheckpointError(_lost(error)) from error
+                if watch.is_alive() and LOST.search(str(error)):
+                    watch.join(3 * HEARTBEAT)  # it knows which one, says so, and ends this process
+                    raise CheckpointError(f"another process ended, so this one does: {ADVICE} ({error})") from None
                 raise
             in_order = True
             return code
@@ -72,7 +77,7 @@ class Processes:
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
             if in_order:
-                _leave()
+                watch.leave()
             say_last.communicate(b"this process has said all")
             if not in_order:
                 os._exit(code or 1)  # at once: what waits for the other processes would wait for ever
@@ -125,29 +130,36 @@ def _standard_output_of_first() -> None:
     sys.stdout = io.TextIOWrapper(os.fdopen(target, "wb"), errors="backslashreplace", line_buffering=True)
 
 
-def _lost(error: Exception) -> str:
-    """Which process is lost, found by the heartbeats that are missing."""
-    import jax
-    from jax.experimental.multihost_utils import live_devices
+class _Watch(threading.Thread):
+    """Asks all processes again and again whether they live, in each of them."""
 
-    gone: list[int] = []
-    with contextlib.suppress(Exception), live_devices(jax.devices()) as living:
-        gone = sorted({device.process_index for device in set(jax.devices()) - set(living)})
-    names = ", ".join(map(str, gone)) or "not known which"
-    plural = "es" if len(gone) > 1 else ""
-    reason = str(error).splitlines()[0]
-    advice = "what was saved is still there, and the same commands go on"
-    return f"process{plural} {names} ended, so this one does: {advice} ({reason})"
+    def __init__(self, say_last: "subprocess.Popen[bytes]"):
+        super().__init__(daemon=True)
+        self._say_last, self._leaving, self._alone = say_last, False, threading.Event()
 
+    def run(self) -> None:
+        import jax
+        from jax.experimental.multihost_utils import live_devices
 
-def _leave() -> None:
-    """The first process ends last: without it the others cannot."""
-    import jax
-    from jax.experimental.multihost_utils import live_devices, sync_global_devices
+        everyone, living = {device.process_index for device in jax.devices()}, jax.devices()
+        while not (gone := sorted(everyone - {device.process_index for device in living})):
+            with contextlib.suppress(Exception), live_devices(jax.devices()) as living:
+                time.sleep(INTERVAL)
+        self._alone.set()
+        if not self._leaving:
+            plural = "es" if len(gone) > 1 else ""
+            print(f"error: process{plural} {', '.join(map(str, gone))} ended, so this one does: {ADVICE}", file=sys.stderr)
+            self._say_last.communicate(b"this process has said all")
+            os._exit(1)
 
-    with contextlib.suppress(Exception):
-        sync_global_devices("end")
-        if is_first():
-            with live_devices(jax.devices()):
-                pass
-        jax.distributed.shutdown()
+    def leave(self) -> None:
+        """End in good order, after all have come here. The first process ends last: without it the others cannot."""
+        import jax
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        self._leaving = True
+        with contextlib.suppress(Exception):
+            sync_global_devices("end")
+            if is_first():
+                self._alone.wait(3 * HEARTBEAT)
+            jax.distributed.shutdown()
