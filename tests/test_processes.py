@@ -154,7 +154,7 @@ def test_training_is_that_of_one_process(number, mesh, split, alone, tmp_path):
 def test_a_state_of_four_processes_is_read_by_one_and_by_two(alone, tmp_path):
     """Each verifies that it has the bits that were written; SIGTERM to one stops all at the same step."""
     children = training(tmp_path / "run", 4, "data=4", "split")
-    while len(rows(tmp_path / "run")) < 3:
+    while not rows(tmp_path / "run"):  # the first evaluation; the step is not compiled yet
         time.sleep(0.05)
     children[2].send_signal(signal.SIGTERM)
     for child in children:
