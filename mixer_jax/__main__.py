@@ -141,6 +141,16 @@ def draw(arguments: argparse.Namespace) -> None:
     print(f"{path}: {figure.get_suptitle()}")
 
 
+def export(arguments: argparse.Namespace) -> None:
+    from .commands.export import export
+    from .export.program import ExportOptions
+
+    names = ("features", "softmax", "uint8")
+    options = ExportOptions(dtype=arguments.program_dtype, **{name: getattr(arguments, name) for name in names})
+    reading = reading_options(arguments)
+    print(export(arguments.source, arguments.out, options=options, reading=reading, force=arguments.force))
+
+
 def _model_options(arguments: argparse.Namespace) -> "ModelOptions":
     from .commands.model_options import ModelOptions
 
@@ -151,7 +161,7 @@ def _model_options(arguments: argparse.Namespace) -> "ModelOptions":
     return ModelOptions(reading=reading_options(arguments), use_exif=arguments.exif, **options)
 
 
-VERBS = {verb.__name__: verb for verb in (summary, demo, predict, evaluate, finetune, pack, parity, draw)}
+VERBS = {verb.__name__: verb for verb in (summary, demo, predict, evaluate, finetune, pack, parity, draw, export)}
 
 
 def entry() -> None:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from convert import __version__
-from convert.cli import add_reading_options, preprocessing, whole_number
+from convert.cli import add_reading_options, dtype, preprocessing, whole_number
+from convert.dtypes import WEIGHTS
 
 from .device_options import add_device_options
 
@@ -22,7 +23,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mixer-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    verbs = _add_summary, _add_demo, _add_predict, _add_evaluate, _add_finetune, _add_pack, _add_parity, _add_draw
+    verbs = _add_summary, _add_demo, _add_predict, _add_evaluate, _add_finetune, _add_pack, _add_parity, _add_draw, _add_export
     for add in verbs:
         add(commands)
     return parser
@@ -167,6 +168,22 @@ def _add_draw(commands: Subparsers) -> None:
     command.add_argument("--units", type=whole_number(1), metavar="N", help="draw only the first N units (default: all)")
     command.add_argument("--force", action="store_true", help="replace OUT.png")
     add_reading_options(command)
+
+
+def _add_export(commands: Subparsers) -> None:
+    example = "export Mixer-B_16.npz mixer.onnx --uint8"
+    command = _command(commands, "export", "a program for other runtimes, written only if parity holds", example=example)
+    command.add_argument("source", metavar="FILE", help="a checkpoint")
+    command.add_argument("out", type=Path, metavar="OUT", help="the program: .onnx, .stablehlo (JAX) or .pt2 (PyTorch)")
+    output = command.add_mutually_exclusive_group()
+    output.add_argument("--features", action="store_true", help="give the head's input instead of logits")
+    output.add_argument("--softmax", action="store_true", help="give softmax scores instead of logits")
+    pixels = "take uint8 pixels from 0 to 255, resized and cropped, and scale them inside the program"
+    command.add_argument("--uint8", action="store_true", help=pixels)
+    usual = f"dtype of weights and computation: {', '.join(WEIGHTS)} (default: float32)"
+    command.add_argument("--dtype", dest="program_dtype", type=dtype, default="float32", metavar="DTYPE", help=usual)
+    command.add_argument("--force", action="store_true", help="replace OUT")
+    add_reading_options(command, without=("dtype",))
 
 
 def _add_image_options(command: argparse.ArgumentParser, *, exif: bool) -> None:

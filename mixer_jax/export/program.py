@@ -70,6 +70,20 @@ class Facts:
     def to_json(self) -> str:
         return json.dumps({"kind": KIND} | asdict(self))
 
+    def scaling(self) -> tuple[np.ndarray, np.ndarray]:
+        """Factor and offset, of all channels or of each, that make a model's input of pixels from 0 to 255."""
+        from ..preprocess import preprocessing_of
+
+        if self.preprocessing is None:
+            raise CheckpointError("names no preprocessing, so the range of its input is unknown")
+        ends = np.repeat(np.array([[0], [255]], np.uint8), self.config.in_channels, axis=1)
+        low, high = preprocessing_of(self.preprocessing, self.config.in_channels).scaled(ends).astype(np.float64)
+        return (high - low) / 255, low
+
+    @property
+    def output(self) -> str:
+        return "features" if self.options.features else "scores" if self.options.softmax else "logits"
+
     @classmethod
     def from_json(cls, text: str | bytes, source: str) -> Self:
         """Raises CheckpointError for anything that `to_json` did not write."""
@@ -92,8 +106,25 @@ class Facts:
 class Program:
     """An exported program, opened. `run` takes images (b, h, w, channels), uint8 pixels from 0 to 255 with `uint8` and else
     float32 as preprocessing makes them, and gives float32 logits, scores (b, classes) or features (b, hidden).
+
+    `operations`, of a program that names them, takes the same and gives the result of every operation by parity's name, in
+    order. With it and with `config`, `labels` and `preprocessing`, a program serves where a model does.
     """
 
     source: str
     facts: Facts
     run: Callable[[np.ndarray], np.ndarray]
+    operations: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+
+    @property
+    def config(self) -> MixerConfig:
+        """Without classes where the output is features."""
+        return self.facts.config.replace(num_classes=0) if self.facts.options.features else self.facts.config
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        return self.facts.labels
+
+    @property
+    def preprocessing(self) -> str | None:
+        return self.facts.preprocessing

@@ -1,6 +1,17 @@
 """The parity report of a checkpoint, and the report as text and as JSON (`html` has it as a page)."""
 
-__all__ = ["ParityReport", "Table", "as_dict", "as_text", "figure", "multiple", "parity_report", "tables", "verdict"]
+__all__ = [
+    "ParityReport",
+    "Table",
+    "as_dict",
+    "as_lines",
+    "as_text",
+    "figure",
+    "multiple",
+    "parity_report",
+    "tables",
+    "verdict",
+]
 
 import json
 import math
@@ -162,7 +173,7 @@ def as_text(report: ParityReport) -> str:
     """For a terminal, the verdict first."""
     lines = [verdict(report), ""]
     for table in tables(report):
-        lines += [*_text_table(table), ""]
+        lines += [*as_lines(table), ""]
     for title, entries in report.about.items():
         lines.append(f"{title}: " + "; ".join(f"{name} {value}" for name, value in entries.items()))
     return "\n".join(lines)
@@ -265,7 +276,8 @@ def _exactness_table(exactness: Exactness) -> Table:
     )
 
 
-def _text_table(table: Table) -> list[str]:
+def as_lines(table: Table) -> list[str]:
+    """For a terminal."""
     lines = [table.title]
     if table.rows:
         widths = [max(map(len, column)) for column in zip(table.head, *table.rows)]

@@ -1,0 +1,194 @@
+"""Exported programs: what they compute, what is in the files, and what is refused with nothing left behind."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from command_line import run
+from conftest import TINY, random_images, random_weights
+from implementations import checkpoint, distance, of_numpy
+
+import convert
+from convert import CheckpointError
+from mixer_jax.commands.export import export
+from mixer_jax.export import formats, onnx_program, proof
+from mixer_jax.export.program import ExportOptions
+
+WEIGHTS, IMAGES = random_weights(TINY), random_images(TINY, 7)
+endings = pytest.mark.parametrize("ending", [".onnx"])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A file of a tiny Mixer with labels and preprocessing."""
+    path = tmp_path_factory.mktemp("source") / "tiny.npz"
+    labels = tuple(f"class {i}" for i in range(TINY.num_classes))
+    files = checkpoint(WEIGHTS, TINY).with_metadata(labels=labels, preprocessing="resmall_crop")
+    convert.write(path, files, layout="google")
+    return path
+
+
+# What they compute, and what is in the files.
+
+
+@endings
+def test_an_export_computes_what_the_file_does(ending, source, tmp_path, capsys):
+    out = tmp_path / f"tiny{ending}"
+    text = run(capsys, "export", source, out).out
+    program = formats.opened(out)
+    right = of_numpy(WEIGHTS, IMAGES, TINY)
+    errors = [distance(program.run(IMAGES[:batch]), right[:batch]) for batch in (1, 2, 7)]
+    print(f"{ending}: {max(errors):.1e} relative to max abs")
+    assert max(errors) < 1e-6  # measured: 3e-7
+    assert [line.split()[0] for line in text.splitlines()[3:6]] == ["1", "2", "7"]
+    assert program.facts.labels == tuple(f"class {i}" for i in range(5))
+    assert (program.facts.preprocessing, program.facts.config) == ("resmall_crop", TINY)
+    assert program.facts.fingerprint == convert.inspect_file(source)["fingerprint"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@endings
+def test_options_change_what_goes_in_and_comes_out(ending, source, tmp_path):
+    out, logits = tmp_path / f"tiny{ending}", of_numpy(WEIGHTS, IMAGES, TINY)
+    scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    headless = checkpoint(WEIGHTS, TINY).without_head()
+    features = of_numpy(headless.as_numpy(), IMAGES, headless.config)
+    for option, right in (("softmax", scores), ("features", features)):
+        export(source, out, options=ExportOptions(**{option: True}), force=True)
+        assert distance(formats.opened(out).run(IMAGES), right) < 1e-6
+    export(source, out, options=ExportOptions(uint8=True), force=True)
+    pixels = np.random.default_rng(0).integers(0, 256, IMAGES.shape, np.uint8)
+    right = of_numpy(WEIGHTS, pixels.astype(np.float32) / np.float32(127.5) - 1, TINY)
+    assert distance(formats.opened(out).run(pixels), right) < 1e-6
+
+
+def test_a_graph_has_one_gelu_an_mlp_one_norm_a_node_and_each_weight_once(source, tmp_path):
+    done = export(source, tmp_path / "tiny.onnx")
+    model = onnx.load(done.path)
+    kinds = Counter(node.op_type for node in model.graph.node)
+    blocks = TINY.num_blocks
+    assert (kinds["Gelu"], kinds["LayerNormalization"]) == (2 * blocks, 2 * blocks + 1)
+    assert kinds["MatMul"] + kinds["Conv"] == 4 * blocks + 2
+    gelus = [attribute.s for node in model.graph.node if node.op_type == "Gelu" for attribute in node.attribute]
+    assert gelus == 2 * blocks * [b"tanh"]
+    assert [opset.version for opset in model.opset_import] == [20]
+    weights = sum(array.nbytes for array in WEIGHTS.values())
+    stored = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    assert weights < stored < weights + 100  # two shapes and the axes of the mean
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "b"
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    assert properties["numerics"] == "tanh GELU, LayerNorm epsilon 1e-06, float32"
+    assert done.proof.operations == 10 * blocks + 4
+
+
+def test_large_weights_go_beside_the_graph_and_appear_with_it(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_program, "INLINE_BYTES", 100)
+    out = tmp_path / "tiny.onnx"
+    for _ in range(2):
+        done = export(source, out, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.onnx", "tiny.onnx.data"]
+    assert done.proof.operations == 10 * TINY.num_blocks + 4
+    out.unlink()
+    with pytest.raises(CheckpointError, match=r"tiny.onnx.data: exists already \(replace it with --force"):
+        export(source, out)
+
+
+# Planted faults.
+
+
+def plant(monkeypatch, change):
+    """Every graph is changed before it is written."""
+    complete = onnx_program._save
+
+    def faulty(model, path, large):
+        change(model.graph)
+        complete(model, path, large)
+
+    monkeypatch.setattr(onnx_program, "_save", faulty)
+
+
+def set_attribute(operator, index, name, value):
+    def change(graph):
+        node = [node for node in graph.node if node.op_type == operator][index]
+        kept = [attribute for attribute in node.attribute if attribute.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+
+    return change
+
+
+def transpose_kernel(graph):
+    """The data of a kernel in the order of its transpose."""
+    kernel = next(tensor for tensor in graph.initializer if tensor.name == "blocks/1/channel_mixing/dense_1/kernel")
+    values = np.frombuffer(kernel.raw_data, np.float32).reshape(kernel.dims)
+    kernel.raw_data = np.ascontiguousarray(values.T).tobytes()
+
+
+def freeze_batch(graph):
+    shape = next(tensor for tensor in graph.initializer if tensor.name == "stem/shape")
+    shape.raw_data = np.array([1, TINY.hidden_dim, TINY.num_tokens]).tobytes()
+
+
+FAULTS = {
+    "gelu": (set_attribute("Gelu", 2, "approximate", "none"), "block 1, token_mixing, gelu is not that of"),
+    "epsilon": (set_attribute("LayerNormalization", 3, "epsilon", 1e-3), "block 1, channel_norm is not that of"),
+    "kernel": (transpose_kernel, "block 1, channel_mixing, dense_1 is not that of"),
+    "batch": (freeze_batch, "does not compute 7 images, as with a batch frozen inside"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_refused_and_named_and_nothing_is_left(fault, source, tmp_path, monkeypatch, capsys):
+    change, message = FAULTS[fault]
+    plant(monkeypatch, change)
+    error = run(capsys, "export", source, tmp_path / "tiny.onnx", code=1).err
+    assert error.startswith(f"error: {tmp_path / 'tiny.onnx'}: {message}"), error
+    assert error.rstrip().endswith("; nothing was written")
+    assert not list(tmp_path.iterdir())
+
+
+@endings
+def test_an_output_outside_the_tolerance_is_refused(ending, source, tmp_path):
+    export(source, out := tmp_path / f"tiny{ending}")
+    program = formats.opened(out)
+    files = convert.read(source)
+    wrong = dataclasses.replace(program, run=lambda images: program.run(images) + 1e-4 * (len(images) == 7), operations=None)
+    with pytest.raises(CheckpointError, match=r"its logits at batch 7 are not those of .*: they differ by 1.0e-04, \d+ times"):
+        proof.prove(wrong, files)
+
+
+# Bad input.
+
+
+def test_what_cannot_be_exported_is_refused(source, tmp_path, capsys, monkeypatch):
+    def error(*arguments, code=1):
+        return run(capsys, "export", *arguments, code=code).err
+
+    headless, bare = tmp_path / "headless.npz", tmp_path / "bare.npz"
+    convert.write(headless, convert.read(source).without_head().with_metadata(labels=None), layout="google")
+    convert.write(bare, checkpoint(WEIGHTS, TINY).with_metadata(preprocessing=None), layout="google")
+    out = tmp_path / "tiny.onnx"
+    assert "has no head, so no logits: export its features with --features" in error(headless, out)
+    assert "a program is exported as .onnx, .stablehlo, .pt2: give a name" in error(source, tmp_path / "tiny.tflite")
+    assert "names no preprocessing, which --uint8 needs: choose one with --preprocess" in error(bare, out, "--uint8")
+    assert "has no convolution that ONNX Runtime computes in bfloat16" in error(source, out, "--dtype", "bf16")
+    assert "not allowed with argument" in error(source, out, "--features", "--softmax", code=2)
+    fresh = convert.read(source).with_metadata(labels=None).with_classes(3)
+    convert.write(tmp_path / "fresh.npz", fresh, layout="google")
+    assert "no export of it can be proved: all logits of an image are equal" in error(tmp_path / "fresh.npz", out)
+    out.write_text("mine")
+    assert f"{out}: exists already (replace it with --force" in error(source, out)
+    assert out.read_text() == "mine"
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    assert f"{out}: needs 1 MiB and the disk has 0 MiB left" in error(source, out, "--force")
+
+
+def test_a_missing_extra_is_named(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    assert (
+        "writing .onnx needs onnx: pip install 'mixer-jax[onnx]'"
+        in run(capsys, "export", source, tmp_path / "tiny.onnx", code=1).err
+    )
+    assert not list(tmp_path.iterdir())
