@@ -1,12 +1,19 @@
 """Exported programs: what they compute, what is in the files, and what is refused with nothing left behind."""
 
 import dataclasses
+import functools
+import io
+import json
+import os
+import re
+import sys
+import zipfile
 from collections import Counter
 
 import numpy as np
 import onnx
 import pytest
-from command_line import run
+from command_line import process, run
 from conftest import TINY, random_images, random_weights
 from implementations import checkpoint, distance, of_numpy
 
@@ -17,7 +24,7 @@ from mixer_jax.export import formats, onnx_program, proof
 from mixer_jax.export.program import ExportOptions
 
 WEIGHTS, IMAGES = random_weights(TINY), random_images(TINY, 7)
-endings = pytest.mark.parametrize("ending", [".onnx"])
+endings = pytest.mark.parametrize("ending", [".onnx", ".stablehlo", pytest.param(".pt2", marks=pytest.mark.torch)])
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +35,13 @@ def source(tmp_path_factory):
     files = checkpoint(WEIGHTS, TINY).with_metadata(labels=labels, preprocessing="resmall_crop")
     convert.write(path, files, layout="google")
     return path
+
+
+@pytest.fixture(scope="module")
+def exported(source, tmp_path_factory):
+    """A function of an ending: a program of the file, made once, and what `export` said of it."""
+    folder = tmp_path_factory.mktemp("exported")
+    return functools.cache(lambda ending: export(source, folder / f"tiny{ending}"))
 
 
 # What they compute, and what is in the files.
@@ -64,7 +78,7 @@ def test_options_change_what_goes_in_and_comes_out(ending, source, tmp_path):
     assert distance(formats.opened(out).run(pixels), right) < 1e-6
 
 
-def test_a_graph_has_one_gelu_an_mlp_one_norm_a_node_and_each_weight_once(source, tmp_path):
+def test_a_graph_has_one_gelu_an_mlp_one_layer_norm_a_norm_and_each_weight_once(source, tmp_path):
     done = export(source, tmp_path / "tiny.onnx")
     model = onnx.load(done.path)
     kinds = Counter(node.op_type for node in model.graph.node)
@@ -150,9 +164,8 @@ def test_a_planted_fault_is_refused_and_named_and_nothing_is_left(fault, source,
 
 
 @endings
-def test_an_output_outside_the_tolerance_is_refused(ending, source, tmp_path):
-    export(source, out := tmp_path / f"tiny{ending}")
-    program = formats.opened(out)
+def test_an_output_outside_the_tolerance_is_refused(ending, source, exported):
+    program = formats.opened(exported(ending).path)
     files = convert.read(source)
     wrong = dataclasses.replace(program, run=lambda images: program.run(images) + 1e-4 * (len(images) == 7), operations=None)
     with pytest.raises(CheckpointError, match=r"its logits at batch 7 are not those of .*: they differ by 1.0e-04, \d+ times"):
@@ -186,9 +199,125 @@ def test_what_cannot_be_exported_is_refused(source, tmp_path, capsys, monkeypatc
 
 
 def test_a_missing_extra_is_named(source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     assert (
         "writing .onnx needs onnx: pip install 'mixer-jax[onnx]'"
         in run(capsys, "export", source, tmp_path / "tiny.onnx", code=1).err
     )
     assert not list(tmp_path.iterdir())
+
+
+# .stablehlo: one program for three platforms, read with JAX alone.
+
+WITH_JAX_ALONE = """
+import io, json, sys, zipfile
+import jax, numpy as np
+from safetensors.numpy import load
+with zipfile.ZipFile(sys.argv[1]) as file:
+    program = jax.export.deserialize(bytearray(file.read("program.bin")))
+    weights = load(file.read("weights.safetensors"))
+np.save(sys.argv[3], program.call(weights, np.load(sys.argv[2])))
+assert not {"mixer_jax", "convert", "flax"} & set(sys.modules)
+"""
+
+
+def test_a_stablehlo_file_gives_the_same_bits_in_a_new_process_with_jax_alone(exported, tmp_path):
+    done = exported(".stablehlo")
+    np.save(tmp_path / "images.npy", IMAGES)
+    process(done.path, tmp_path / "images.npy", tmp_path / "logits.npy", python=("-c", WITH_JAX_ALONE))
+    logits = formats.opened(done.path).run(IMAGES)
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), logits)
+    assert done.num_bytes < sum(array.nbytes for array in WEIGHTS.values()) + 60_000  # no weight in the program as well
+
+
+def test_every_matmul_of_a_stablehlo_file_has_full_precision_on_every_platform(exported):
+    import jax
+
+    with zipfile.ZipFile(exported(".stablehlo").path) as file:
+        program = jax.export.deserialize(bytearray(file.read("program.bin")))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    matmuls = [line for line in program.mlir_module().splitlines() if re.search(r"stablehlo\.(dot_general|convolution)", line)]
+    assert len(matmuls) == 3 * (4 * TINY.num_blocks + 3)  # for each platform; of the stem there are two forms
+    assert not [line for line in matmuls if not re.search(r"precision.*HIGHEST.*HIGHEST", line)]
+
+
+def rewritten(path, folder, name, change):
+    """A copy of the file with an entry changed."""
+    with zipfile.ZipFile(path) as file:
+        entries = {entry: file.read(entry) for entry in file.namelist()}
+    (entry,) = [entry for entry in entries if entry.endswith(name)]
+    entries[entry] = change(entries[entry])
+    with zipfile.ZipFile(folder / path.name, "w") as file:
+        for name, content in entries.items():
+            file.writestr(name, content)
+    return folder / path.name
+
+
+def test_a_stablehlo_file_of_another_jax_names_the_window(exported, tmp_path):
+    def older(content):
+        return json.dumps(json.loads(content) | {"calling_convention_version": 5}).encode()
+
+    path = rewritten(exported(".stablehlo").path, tmp_path, "facts.json", older)
+    with pytest.raises(CheckpointError, match=r"jax [\d.]+ wrote it with calling convention 5, and this jax [\d.]+ runs 9 to"):
+        formats.opened(path)
+
+
+# .pt2: a file that could run code is not opened.
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def evil_pickle(_):
+    stream = io.BytesIO()
+    import torch
+
+    torch.save(((Evil(),), {}), stream)
+    return stream.getvalue()
+
+
+def in_program(key, value):
+    """The program with the first text under a key changed."""
+
+    def changed(item):
+        if isinstance(item, dict):
+            return {name: value if name == key else changed(inner) for name, inner in item.items()}
+        return [changed(inner) for inner in item] if isinstance(item, list) else item
+
+    return lambda content: json.dumps(changed(json.loads(content))).encode()
+
+
+ATTACKS = {
+    "pickled inputs": ("sample_inputs/model.pt", evil_pickle, "model.pt is not of plain tensors"),
+    "pickled weights": ("weights_config.json", in_program("use_pickle", True), "model.stem.proj.weight is pickled"),
+    "operator": ("model.json", in_program("target", "torch.os.system"), "target 'torch.os.system'"),
+    "symbol": ("model.json", in_program("expr_str", "__import__('os').system('touch evil')"), "expr_str"),
+    "guards": ("model.json", in_program("guards_code", ["L['images']"]), "guards_code"),
+    "arguments": ("model.json", in_program("forward_arg_names", ["x=print()"]), "forward_arg_names"),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_pt2_file_that_could_run_code_is_not_opened(attack, exported, tmp_path, monkeypatch):
+    name, change, message = ATTACKS[attack]
+    monkeypatch.chdir(tmp_path)
+    path = rewritten(exported(".pt2").path, tmp_path, name, change)
+    with pytest.raises(CheckpointError) as error:
+        formats.opened(path)
+    assert "is not opened, since torch.export.load could run code from it" in str(error.value)
+    assert message in str(error.value)
+    assert not (tmp_path / "evil").exists()
+
+
+@endings
+def test_another_file_is_no_program(ending, tmp_path):
+    path = tmp_path / f"other{ending}"
+    path.write_bytes(b"something else")
+    message = f"other{ending}: (is not a program that mixer_jax exported|ONNX Runtime does not open it)"
+    with pytest.raises(CheckpointError, match=message):
+        formats.opened(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        formats.opened(tmp_path / f"none{ending}")

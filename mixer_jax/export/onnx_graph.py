@@ -18,7 +18,7 @@ from convert import Checkpoint, MixerConfig
 from convert.layouts import GOOGLE
 from convert.mapping import slots
 
-from .program import ExportOptions, Facts
+from .program import ExportOptions, Facts, wide
 
 OPSET = 20  # the first in which Gelu is one operation; LayerNormalization is one since 17
 APPROXIMATE = {"tanh": "tanh", "exact": "none"}
@@ -83,27 +83,27 @@ class _Nodes:
         """The images in the dtype of the weights; pixels are scaled in float32 or better."""
         images, dtype = "images", self.options.dtype
         if self.options.uint8:
-            wide = wide_of(dtype)
+            float_dtype = wide(dtype)
             factor, offset = (
-                self.constant(f"images/{name}", values.reshape(-1, 1, 1).astype(wide))
+                self.constant(f"images/{name}", values.reshape(-1, 1, 1).astype(float_dtype))
                 for name, values in zip(("factor", "offset"), facts.scaling())
             )
-            images = self.add("Mul", [self.cast(images, "images/pixels", wide), factor], "images/times_factor")
+            images = self.add("Mul", [self.cast(images, "images/pixels", float_dtype), factor], "images/times_factor")
             images = self.add("Add", [images, offset], "images/scaled")
         return self.cast(images, "images/cast", dtype) if dtype not in ("float32", "float64") else images
 
     def output(self, x: str) -> str:
         """The mean and the head in float32 or better."""
-        wide = wide_of(self.options.dtype)
-        narrow = wide != self.options.dtype
+        float_dtype = wide(self.options.dtype)
+        narrow = float_dtype != self.options.dtype
         axes = self.constant("mean/axes", np.array([1]))
         mean = "features" if self.options.features else "mean"
-        x = self.cast(x, "pre_head_norm/wide", wide) if narrow else x
+        x = self.cast(x, "pre_head_norm/wide", float_dtype) if narrow else x
         x = self.add("ReduceMean", [x, axes], mean, keepdims=0)
         if self.options.features:
             return x
         names = ["head/kernel", "head/bias"]
-        kernel, bias = (self.cast(name, f"{name}/wide", wide) if narrow else name for name in names)
+        kernel, bias = (self.cast(name, f"{name}/wide", float_dtype) if narrow else name for name in names)
         x = self.add("Add", [self.add("MatMul", [x, kernel], "head/matmul"), bias], "logits")
         return self.add("Softmax", [x], "scores", axis=-1) if self.options.softmax else x
 
@@ -117,11 +117,11 @@ def graph_of(checkpoint: Checkpoint, facts: Facts) -> GraphProto:
         x = nodes.block(x, f"blocks/{i}")
     result = nodes.output(nodes.norm(x, "pre_head_norm"))
     tensors = list(_weights(checkpoint.without_head() if options.features else checkpoint, options.dtype))
-    wide = wide_of(options.dtype)
-    pixels = TensorProto.UINT8 if options.uint8 else tensor_type(wide)
-    images = helper.make_tensor_value_info("images", pixels, ["b", config.in_channels, *config.image_size])
+    images = helper.make_tensor_value_info(
+        "images", tensor_type(facts.input_dtype), ["b", config.in_channels, *config.image_size]
+    )
     width = config.hidden_dim if options.features else config.num_classes
-    output = helper.make_tensor_value_info(result, tensor_type(wide), ["b", width])
+    output = helper.make_tensor_value_info(result, tensor_type(wide(options.dtype)), ["b", width])
     return helper.make_graph(nodes.nodes, "mixer", [images], [output], [*tensors, *nodes.constants])
 
 
@@ -131,10 +131,6 @@ def _weights(checkpoint: Checkpoint, dtype: str) -> Iterator[TensorProto]:
     for name, slot in slots(GOOGLE, google.sizes).items():
         module = slot.module if slot.block is None else f"blocks/{slot.block}/{slot.module}"
         yield _tensor(f"{module}/{name.rpartition('/')[2]}", np.asarray(google.arrays[name]))
-
-
-def wide_of(dtype: str) -> str:
-    return dtype if dtype == "float64" else "float32"
 
 
 def _tensor(name: str, values: np.ndarray) -> TensorProto:

@@ -1,6 +1,6 @@
 """What an exported program takes and gives, whatever its format, and the facts that travel with it."""
 
-__all__ = ["ExportOptions", "Facts", "Program"]
+__all__ = ["ExportOptions", "Facts", "Program", "wide"]
 
 import json
 from collections.abc import Callable
@@ -84,6 +84,10 @@ class Facts:
     def output(self) -> str:
         return "features" if self.options.features else "scores" if self.options.softmax else "logits"
 
+    @property
+    def input_dtype(self) -> str:
+        return "uint8" if self.options.uint8 else wide(self.options.dtype)
+
     @classmethod
     def from_json(cls, text: str | bytes, source: str) -> Self:
         """Raises CheckpointError for anything that `to_json` did not write."""
@@ -100,6 +104,11 @@ class Facts:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{source}: its facts are damaged ({type(error).__name__}: {error})") from None
+
+
+def wide(dtype: str) -> str:
+    """The dtype of a program's input, mean, head and output: float32 or better."""
+    return dtype if dtype == "float64" else "float32"
 
 
 @dataclass(frozen=True)
