@@ -16,6 +16,7 @@ import pytest
 from command_line import process, run
 from conftest import TINY, random_images, random_weights
 from implementations import checkpoint, distance, of_numpy
+from PIL import Image
 
 import convert
 from convert import CheckpointError
@@ -321,3 +322,157 @@ def test_another_file_is_no_program(ending, tmp_path):
         formats.opened(path)
     with pytest.raises(CheckpointError, match="no such file"):
         formats.opened(tmp_path / f"none{ending}")
+
+
+# As sides of parity, and somebody else's ONNX.
+
+
+def in_parity(capsys, source, side, code=0):
+    done = run(capsys, "parity", source, "--b", side, code=code)
+    return done.out.splitlines()[0] if done.out else done.err
+
+
+@endings
+def test_an_exported_program_is_a_side_of_parity(ending, source, exported, capsys):
+    text = in_parity(capsys, source, f"{ending[1:]}:{exported(ending).path}")
+    assert text.startswith(f"yes: flax:cpu:float32:highest and {ending[1:]}:")
+    own = "every operation is within its own" if ending == ".onnx" else "an exported program shows no operation by itself"
+    assert text.endswith(f"and {own}")
+
+
+def changed(path, folder, change, keep_names=True):
+    """A copy of an .onnx without our facts, with its graph changed."""
+    model = onnx.load(path)
+    change(model.graph)
+    del model.metadata_props[:]
+    if not keep_names:
+        new = {name: f"v{i}" for i, name in enumerate(name for node in model.graph.node for name in node.output)}
+        for node in model.graph.node:
+            names = [[new.get(name, name) for name in values] for values in (node.input, node.output)]
+            del node.input[:], node.output[:]
+            node.input.extend(names[0])
+            node.output.extend(names[1])
+        model.graph.output[0].name = new[model.graph.output[0].name]
+    onnx.save(model, folder / "theirs.onnx")
+    return folder / "theirs.onnx"
+
+
+@pytest.mark.parametrize("keep_names", [True, False])
+@pytest.mark.parametrize("fault", ["gelu", "epsilon", "kernel"])
+def test_a_fault_in_somebodys_onnx_is_named_by_the_graphs_names_or_its_structure(
+    fault, keep_names, source, exported, tmp_path, capsys
+):
+    change, message = FAULTS[fault]
+    theirs = changed(exported(".onnx").path, tmp_path, change, keep_names)
+    text = in_parity(capsys, source, f"onnx:{theirs}", code=1)
+    where = message.partition(" is not")[0]
+    assert f"the first operation outside its tolerance is {where}, in onnx:{theirs}: error" in text
+
+
+def test_a_frozen_batch_in_somebodys_onnx_is_named(source, exported, tmp_path, capsys):
+    def fix_input(graph):
+        graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+    for change, message in (
+        (freeze_batch, "does not compute 2 images, as with a batch frozen inside"),
+        (fix_input, "its batch is fixed at 1, and 2 images were given"),
+    ):
+        theirs = changed(exported(".onnx").path, tmp_path, change)
+        assert f"error: {theirs}: {message}" in in_parity(capsys, source, f"onnx:{theirs}", code=1)
+
+
+def test_a_graph_that_shows_no_operations_is_compared_by_its_logits(source, exported, tmp_path, capsys):
+    def hide(graph):
+        graph.node[-1].name = graph.node[-1].output[0] = graph.output[0].name = "result"
+
+    theirs = changed(exported(".onnx").path, tmp_path, hide, keep_names=True)
+    model = onnx.load(theirs)
+    gelu = next(node for node in model.graph.node if node.op_type == "Gelu")
+    model.graph.node.append(onnx.helper.make_node("Gelu", [gelu.input[0]], ["unused"]))
+    onnx.save(model, theirs)
+    assert in_parity(capsys, source, f"onnx:{theirs}").endswith("and an exported program shows no operation by itself")
+    set_attribute("Gelu", 2, "approximate", "none")(model.graph)
+    onnx.save(model, theirs)
+    text = in_parity(capsys, source, f"onnx:{theirs}", code=1)
+    assert re.search(r"the logits differ by .*times the tolerance of .*, and an exported program shows no operation", text)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PyTorch's of itself
+def test_what_pytorchs_own_exporter_writes_is_compared_operation_by_operation(source, tmp_path, capsys):
+    import torch
+
+    from mixer_jax import torch_pretrained
+
+    model, images = torch_pretrained.load(source), torch.zeros(2, 3, *TINY.image_size)
+    options = {"dynamic_shapes": {"images": {0: torch.export.Dim("b")}}, "opset_version": 20, "verbose": False}
+    torch.onnx.export(model, (images,), tmp_path / "theirs.onnx", dynamo=True, **options)
+    text = in_parity(capsys, source, f"onnx:{tmp_path / 'theirs.onnx'}")
+    assert text.startswith("yes")
+    assert text.endswith("and every operation is within its own")
+
+
+def test_a_program_that_does_not_fit_is_refused_as_a_side(source, exported, tmp_path, capsys):
+    other = TINY.replace(num_classes=6)
+    convert.write(tmp_path / "other.npz", checkpoint(random_weights(other), other), layout="google")
+    for ending in (".onnx", ".stablehlo"):
+        side = f"{ending[1:]}:{exported(ending).path}"
+        assert "is of another network: " in in_parity(capsys, tmp_path / "other.npz", side, code=1)
+    for option, message in (
+        ("softmax", "gives scores, and the checkpoint logits"),
+        ("uint8", "takes uint8 pixels, and parity"),
+    ):
+        export(source, out := tmp_path / "tiny.onnx", options=ExportOptions(**{option: True}), force=True)
+        assert message in in_parity(capsys, source, f"onnx:{out}", code=1)
+    assert "none.onnx: no such file" in in_parity(capsys, source, "onnx:none.onnx", code=1)
+    assert "onnx runs the program of a file: onnx:FILE" in run(capsys, "parity", source, "--b", "onnx", code=2).err
+
+
+# predict.
+
+AS_A_PERSON = """
+import sys
+from mixer_jax.__main__ import main
+assert main(["predict", *sys.argv[1:]]) == 0
+assert not {"jax", "torch", "flax", "onnx"} & set(sys.modules), set(sys.modules)
+"""
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "cat.png")
+    return tmp_path / "cat.png"
+
+
+def best(text):
+    return [(score["label"], pytest.approx(score["score"], abs=2e-6)) for score in json.loads(text)["top"]]
+
+
+def test_predict_runs_an_onnx_file_without_jax_and_pytorch(source, exported, photograph, capsys):
+    out, _ = process(exported(".onnx").path, photograph, "--json", python=("-c", AS_A_PERSON))
+    assert best(out) == best(run(capsys, "predict", source, photograph, "--json").out)
+
+
+@endings
+def test_predict_takes_every_exported_program(ending, source, exported, photograph, capsys):
+    expected = best(run(capsys, "predict", source, photograph, "--json").out)
+    assert best(run(capsys, "predict", exported(ending).path, photograph, "--json").out) == expected
+
+
+def test_predict_takes_pixels_scores_and_features(source, photograph, tmp_path, capsys):
+    expected = best(run(capsys, "predict", source, photograph, "--json").out)
+    out = tmp_path / "tiny.onnx"
+    export(source, out, options=ExportOptions(uint8=True, softmax=True))
+    assert best(run(capsys, "predict", out, photograph, "--json").out) == expected
+    error = run(capsys, "predict", out, photograph, "--preprocess", "squash", code=1).err
+    assert "the scaling of resmall_crop is inside it, so it takes no squash" in error
+    assert (
+        "gives scores: export a program with"
+        in run(capsys, "predict", out, photograph, "--features", tmp_path / "a.npy", code=1).err
+    )
+    export(source, out, options=ExportOptions(features=True), force=True)
+    for file, rows in ((out, "a.npy"), (source, "b.npy")):
+        run(capsys, "predict", file, photograph, "--features", tmp_path / rows)
+    assert distance(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")) < 1e-6
+    assert "--gelu: " in run(capsys, "predict", out, photograph, "--gelu", "exact", code=2).err

@@ -127,7 +127,8 @@ def _add_parity(commands: Subparsers) -> None:
         help="whether two implementations compute the same, where they start to differ, and why",
         description="An implementation (IMPL) is NAME[:DEVICE[:DTYPE[:PRECISION]]], as in torch:gpu:bfloat16:default. NAME is "
         "flax, torch, timm or numpy (the paper's equations in float64); DEVICE is cpu, gpu or tpu; PRECISION, of matmuls, is "
-        "highest, high or default. Exit code: 0 yes, 1 no or an error.",
+        "highest, high or default. Or it is an exported program: onnx:FILE, openvino:FILE, stablehlo:FILE, pt2:FILE. "
+        "Exit code: 0 yes, 1 no or an error.",
         epilog="example: python -m mixer_jax parity Mixer-B_16.npz --a flax:gpu --b torch:cpu --html parity.html",
     )
     command.add_argument("source", metavar="FILE", help="a checkpoint")
@@ -187,7 +188,7 @@ def _add_export(commands: Subparsers) -> None:
 
 
 def _add_image_options(command: argparse.ArgumentParser, *, exif: bool) -> None:
-    command.add_argument("source", metavar="FILE", help="a checkpoint")
+    command.add_argument("source", metavar="FILE", help="a checkpoint, or a program that export wrote")
     command.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one a line")
     usual = "images computed at once (default: 8 on a CPU, else 64)"
     command.add_argument("--batch-size", type=whole_number(1), metavar="N", help=usual)

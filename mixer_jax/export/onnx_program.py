@@ -13,12 +13,12 @@ from einops import rearrange
 
 from convert import Checkpoint, CheckpointError, MixerConfig
 
+from .onnx_names import operations_of, shapes_of, values_of
 from .program import ExportOptions, Facts, Program
 
 KEY = "mixer_jax"
 DTYPES = ("float32", "float16")
 INLINE_BYTES = 10**9  # more weights go to a file beside the graph; a protobuf message cannot have 2 GiB
-OUTPUTS = {"head": "logits", "mean": "features"}  # the names of results that are outputs
 
 
 def write(path: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
@@ -91,7 +91,7 @@ class Session:
         if len(self._session.get_inputs()) != 1:
             raise CheckpointError(f"{path}: takes {len(self._session.get_inputs())} inputs, and a Mixer takes images alone")
         self._input = self._session.get_inputs()[0]
-        self._named: tuple[Any, list[str]] | None = None
+        self._named: Any = None
 
     def _opened(self, model: str | bytes) -> Any:
         try:
@@ -142,10 +142,8 @@ class Session:
         fixed = self._input.shape[0]
         if isinstance(fixed, int) and fixed != len(images):
             raise CheckpointError(f"{self.source}: its batch is fixed at {fixed}, and {len(images)} images were given")
-        dtype = {"tensor(uint8)": "uint8", "tensor(double)": "float64", "tensor(float16)": "float16"}.get(self._input.type)
-        images = np.ascontiguousarray(self._with_axes(images), dtype or "float32")
         try:
-            outputs = session.run(None, {self._input.name: images})
+            outputs = session.run(None, {self._input.name: self.prepared(images)})
         except Exception as error:
             raise CheckpointError(
                 f"{self.source}: does not compute {len(images)} images, as with a batch frozen inside: {_first_line(error)}"
@@ -154,42 +152,38 @@ class Session:
             raise CheckpointError(f"{self.source}: gives {len(outputs[0])} rows for {len(images)} images: its batch is frozen")
         return outputs
 
-    def _with_axes(self, images: np.ndarray) -> np.ndarray:
-        channels_last = list(self._input.shape[1:]) == list(images.shape[1:]) and images.shape[3] != self._input.shape[1]
-        return images if channels_last else rearrange(images, "b h w c -> b c h w")
+    def prepared(self, images: np.ndarray) -> np.ndarray:
+        """Images (b, h, w, c) in the axes and dtype of the input."""
+        dtype = {"tensor(uint8)": "uint8", "tensor(double)": "float64", "tensor(float16)": "float16"}.get(self._input.type)
+        shape = self._input.shape[1:]
+        channels_last = _may_be(shape, images.shape[1:]) and not _may_be(shape, np.roll(images.shape[1:], 1).tolist())
+        return np.ascontiguousarray(images if channels_last else rearrange(images, "b h w c -> b c h w"), dtype or "float32")
 
     def operations(self, images: np.ndarray, config: MixerConfig) -> dict[str, np.ndarray]:
-        """All results by parity's names; none where the graph has other names, or without the package onnx."""
-        named = self._with_operations(operations_of(config))
-        if named is None:
+        """All results by parity's names; none where the graph does not show which they are, or without the package onnx."""
+        session = self._with_operations(config)
+        if session is None:
             return {}
-        session, names = named
-        return dict(zip(names, map(_wide, self._outputs(session, images))))
+        results = self._outputs(session, images)
+        if [result.shape[1:] for result in results] != shapes_of(config):
+            return {}
+        return dict(zip(operations_of(config), map(_wide, results)))
 
-    def _with_operations(self, names: list[str]) -> tuple[Any, list[str]] | None:
-        """A session whose outputs are the results of operations, and their names."""
+    def _with_operations(self, config: MixerConfig) -> Any:
+        """A session whose outputs are the results of all operations."""
         if self._named is None:
             try:
                 import onnx
             except ModuleNotFoundError:
                 return None
             model = onnx.load(self.path, load_external_data=False)
-            values = {name for node in model.graph.node for name in node.output}
-            chosen = [name if name in values else OUTPUTS.get(name, name) for name in names]
-            if not values.issuperset(chosen):
+            names = values_of(model.graph, config)
+            if names is None:
                 return None
             del model.graph.output[:]
-            model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in chosen)
-            self._named = self._opened(model.SerializeToString()), names
+            model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names))
+            self._named = self._opened(model.SerializeToString())
         return self._named
-
-
-def operations_of(config: MixerConfig) -> list[str]:
-    """The names of all results, in order, as parity's hooks and our graphs have them."""
-    leaves = "norm", "mixing/dense_0", "mixing/gelu", "mixing/dense_1", "mixing/sum"
-    in_block = [f"{axis}_{leaf}" for axis in ("token", "channel") for leaf in leaves]
-    in_blocks = [f"blocks/{i}/{name}" for i in range(config.num_blocks) for name in in_block]
-    return ["stem", *in_blocks, "pre_head_norm", "mean", *(["head"] if config.num_classes else [])]
 
 
 def _may_be(shape: Sequence[int | str | None], wanted: Sequence[int]) -> bool:

@@ -3,8 +3,8 @@
 __all__ = ["ExportOptions", "Facts", "Program", "wide"]
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, Self
 
@@ -137,3 +137,31 @@ class Program:
     @property
     def preprocessing(self) -> str | None:
         return self.facts.preprocessing
+
+    def with_facts(self, **changes: Any) -> Self:
+        """With other labels or another preprocessing. Raises CheckpointError for one that a uint8 program does not have."""
+        if "preprocessing" in changes:
+            self.require_preprocessing([changes["preprocessing"]])
+        return replace(self, facts=replace(self.facts, **changes))
+
+    def require_preprocessing(self, names: Sequence[str]) -> None:
+        """Raise CheckpointError for another preprocessing than that which is inside a uint8 program."""
+        others = [name for name in names if name != self.preprocessing]
+        if self.facts.options.uint8 and others:
+            raise CheckpointError(
+                f"{self.source}: the scaling of {self.preprocessing} is inside it, so it takes no {others[0]}"
+            )
+
+    def forward(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Features and logits of preprocessed images (b, h, w, c): of the two what the program gives, and the other is empty.
+
+        Without classes the logits are the features, and of scores the logits are their logarithm.
+        """
+        options = self.facts.options
+        if options.uint8:
+            factor, offset = self.facts.scaling()
+            images = np.rint((images - offset) / factor).clip(0, 255).astype(np.uint8)
+        outputs = self.run(images)
+        if options.softmax:
+            outputs = np.log(np.maximum(outputs, np.finfo(outputs.dtype).tiny))
+        return (outputs if options.features else np.zeros((len(outputs), 0), np.float32)), outputs

@@ -17,7 +17,7 @@ from ..parity.report import Table, figure, multiple
 from ..parity.rounding import Rounding
 from ..parity.tolerance import MARGIN, Deviation, Simulation, Tolerance, deviation, simulated_logits
 from ..parity.tolerance import tolerance as tolerance_of
-from .program import Program
+from .program import Program, wide
 
 BATCHES = (1, 2, 7)
 SEED = 0
@@ -77,7 +77,9 @@ def prove(program: Program, checkpoint: Checkpoint) -> Proof:
         limit = list(tolerance.accumulated.values())[-1]
         if facts.options.softmax:
             exact, simulated = simulated_logits(config, weights, images[:few], roundings[1][0], simulation)
-            limit, right = _largest(_softmax(simulated) - _softmax(exact)), _softmax(right)
+            # The softmax itself rounds as well.
+            scores = _softmax(simulated.astype(wide(facts.options.dtype)))
+            limit, right = _largest(scores - _softmax(exact)), _softmax(right)
     rows = {}
     for batch in BATCHES:
         error = deviation(program.run(inputs[:batch]).astype(np.float64), right[:batch])

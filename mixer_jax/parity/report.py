@@ -126,8 +126,10 @@ def verdict(report: ParityReport) -> str:
     differ = f"the {output} differ by {size}, {_of_tolerance(comparison.fraction)} the tolerance of "
     differ += f"{limit.rms if rms else limit.max_abs:.1e}"
     pair = f"{comparison.a} and {comparison.b}"
+    words = "and every operation is within its own" if report.passed else "though every operation is within its own"
+    operations = words if len(comparison.operations) > 1 else "and an exported program shows no operation by itself"
     if report.passed:
-        yes = f"yes: {pair} compute the same from {source}; {differ}, and every operation is within its own"
+        yes = f"yes: {pair} compute the same from {source}; {differ}, {operations}"
         metadata, metadata_b = (checkpoint.metadata for checkpoint in comparison.checkpoints)
         differences = "; ".join(metadata.differences(metadata_b, ("gelu", "layer_norm_epsilon")))
         return f"{yes}; but the files' numerics differ, {differences}, which this cannot tell apart" if differences else yes
@@ -135,7 +137,7 @@ def verdict(report: ParityReport) -> str:
     if comparison.first:
         return f"{no}; the first operation outside its tolerance is {comparison.first}"
     if comparison.fraction > 1:
-        return f"{no}; {differ}, though every operation is within its own"
+        return f"{no}; {differ}, {operations}"
     count = len(report.exactness.apart) if report.exactness else 0
     return f"{no}; as float32, {count:,} of the {output} differ by more than float64 rounding explains"
 
