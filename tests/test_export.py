@@ -19,10 +19,12 @@ from implementations import checkpoint, distance, of_numpy
 from PIL import Image
 
 import convert
-from convert import CheckpointError
+from convert import CheckpointError, MixerConfig
 from mixer_jax.commands.export import export
 from mixer_jax.export import formats, onnx_program, proof
 from mixer_jax.export.program import ExportOptions
+from mixer_jax.parity.comparison import noise
+from mixer_jax.parity.tolerance import Deviation
 
 WEIGHTS, IMAGES = random_weights(TINY), random_images(TINY, 7)
 endings = pytest.mark.parametrize("ending", [".onnx", ".stablehlo", pytest.param(".pt2", marks=pytest.mark.torch)])
@@ -476,3 +478,31 @@ def test_predict_takes_pixels_scores_and_features(source, photograph, tmp_path, 
         run(capsys, "predict", file, photograph, "--features", tmp_path / rows)
     assert distance(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")) < 1e-6
     assert "--gelu: " in run(capsys, "predict", out, photograph, "--gelu", "exact", code=2).err
+
+
+# Published sizes.
+
+
+@pytest.fixture(scope="module", params=["B/16", "L/16"])
+def published(request, tmp_path_factory):
+    """A file of a published size, 33 images of noise, and what the NumPy model makes of them."""
+    config = MixerConfig.named(request.param)
+    path, weights, images = tmp_path_factory.mktemp("published") / "full.npz", random_weights(config), noise(config, 33, 0)
+    convert.write(path, checkpoint(weights, config), layout="google")
+    return request.param, path, sum(array.nbytes for array in weights.values()), images, of_numpy(weights, images, config)
+
+
+@pytest.mark.heavy
+@endings
+def test_published_sizes_are_within_the_tolerance_at_batches_up_to_33(ending, published, tmp_path):
+    variant, path, weights, images, right = published
+    done = export(path, tmp_path / f"full{ending}")
+    rows = dict(done.proof.rows)
+    limit = rows[7][1]
+    rows[33] = Deviation.of(formats.opened(done.path).run(images) - right, float(np.abs(right).max())), limit
+    for batch, (error, limit) in rows.items():
+        used = error.max_abs / limit.max_abs
+        print(f"{variant} {ending}, batch {batch}: {error.max_abs:.1e}, tolerance {limit.max_abs:.1e}, {used:.0%}")
+        assert error.max_abs <= limit.max_abs  # measured: B/16, at most 30 %
+    print(f"{variant} {ending}: {done.num_bytes:,} bytes of which weights {weights:,}")
+    assert weights < done.num_bytes < 1.01 * weights + 2**20
