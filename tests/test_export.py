@@ -79,6 +79,17 @@ def test_options_change_what_goes_in_and_comes_out(ending, source, tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize(
+    ("ending", "dtype", "least", "most"),  # measured: 1.4e-3, 2.0e-3, 2e-16
+    [(".onnx", "float16", 1e-5, 1e-2), (".stablehlo", "bfloat16", 1e-4, 0.1), (".stablehlo", "float64", 0, 1e-14)],
+)
+def test_a_program_computes_in_its_dtype(ending, dtype, least, most, source, tmp_path):
+    done = export(source, tmp_path / f"tiny{ending}", options=ExportOptions(dtype=dtype))
+    errors = [error.relative for error, _ in done.proof.rows.values()]
+    print(f"{ending}, {dtype}: {max(errors):.1e} relative to max abs")
+    assert least < max(errors) < most
+
+
 def test_a_graph_has_one_gelu_an_mlp_one_layer_norm_a_norm_and_each_weight_once(source, tmp_path):
     done = export(source, tmp_path / "tiny.onnx")
     model = onnx.load(done.path)
@@ -296,6 +307,7 @@ ATTACKS = {
     "operator": ("model.json", in_program("target", "torch.os.system"), "target 'torch.os.system'"),
     "symbol": ("model.json", in_program("expr_str", "__import__('os').system('touch evil')"), "expr_str"),
     "guards": ("model.json", in_program("guards_code", ["L['images']"]), "guards_code"),
+    "tree": ("model.json", in_program("out_spec", '[1, {"type": "os.system", "context": null}]'), "out_spec"),
     "arguments": ("model.json", in_program("forward_arg_names", ["x=print()"]), "forward_arg_names"),
 }
 

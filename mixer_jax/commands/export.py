@@ -51,13 +51,13 @@ def export(
     format = format_of(out)
     check_writable(out, force=force)
     checkpoint = read(source, reading)
-    facts = Facts.of(checkpoint, options)
     size = int(1.05 * checkpoint.num_parameters * weights_dtype(options.dtype).itemsize) + 2**20
     with atomic_files(out, size=size, force=force) as new:
         try:
             format.write(new, checkpoint, options)
-            proof = prove(format.opened(new), checkpoint)
+            program = format.opened(new)
+            proof = prove(program, checkpoint)
         except CheckpointError as error:
             raise CheckpointError(f"{str(error).replace(str(new), str(out))}; nothing was written") from None
         num_bytes = sum(file.stat().st_size for file in new.parent.iterdir())
-    return Exported(out, num_bytes, facts, proof)
+    return Exported(out, num_bytes, program.facts, proof)

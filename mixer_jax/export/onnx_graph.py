@@ -95,16 +95,13 @@ class _Nodes:
     def output(self, x: str) -> str:
         """The mean and the head in float32 or better."""
         float_dtype = wide(self.options.dtype)
-        narrow = float_dtype != self.options.dtype
         axes = self.constant("mean/axes", np.array([1]))
         mean = "features" if self.options.features else "mean"
-        x = self.cast(x, "pre_head_norm/wide", float_dtype) if narrow else x
+        x = self.cast(x, "pre_head_norm/wide", float_dtype) if float_dtype != self.options.dtype else x
         x = self.add("ReduceMean", [x, axes], mean, keepdims=0)
         if self.options.features:
             return x
-        names = ["head/kernel", "head/bias"]
-        kernel, bias = (self.cast(name, f"{name}/wide", float_dtype) if narrow else name for name in names)
-        x = self.add("Add", [self.add("MatMul", [x, kernel], "head/matmul"), bias], "logits")
+        x = self.add("Add", [self.add("MatMul", [x, "head/kernel"], "head/matmul"), "head/bias"], "logits")
         return self.add("Softmax", [x], "scores", axis=-1) if self.options.softmax else x
 
 
@@ -126,11 +123,12 @@ def graph_of(checkpoint: Checkpoint, facts: Facts) -> GraphProto:
 
 
 def _weights(checkpoint: Checkpoint, dtype: str) -> Iterator[TensorProto]:
-    """In Google's axes, by the operation that uses them: "blocks/3/token_mixing/dense_0/kernel"."""
-    google = checkpoint.astype(dtype).to(GOOGLE)
-    for name, slot in slots(GOOGLE, google.sizes).items():
+    """By operation, "blocks/3/token_mixing/dense_0/kernel", in Google's axes; those of the head in float32 or better."""
+    body, head = (checkpoint.astype(each).to(GOOGLE).arrays for each in (dtype, wide(dtype)))
+    for name, slot in slots(GOOGLE, checkpoint.sizes).items():
         module = slot.module if slot.block is None else f"blocks/{slot.block}/{slot.module}"
-        yield _tensor(f"{module}/{name.rpartition('/')[2]}", np.asarray(google.arrays[name]))
+        arrays = head if slot.module == "head" else body
+        yield _tensor(f"{module}/{name.rpartition('/')[2]}", np.asarray(arrays[name]))
 
 
 def _tensor(name: str, values: np.ndarray) -> TensorProto:

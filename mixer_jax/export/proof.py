@@ -57,7 +57,7 @@ def prove(program: Program, checkpoint: Checkpoint) -> Proof:
     if facts.options.uint8:
         inputs = np.random.default_rng(SEED).integers(0, 256, images.shape, np.uint8)
         factor, offset = facts.scaling()
-        images = (inputs * factor + offset).astype(np.float32)
+        images = (inputs * factor + offset).astype(wide(facts.options.dtype))
     weights = checkpoint.to("google").as_numpy()
     right = forward(config, weights, images)
     try:
