@@ -28,12 +28,13 @@ ENTRIES = re.compile(
     rf"|data/sample_inputs/model\.pt|extra/{re.escape(FACTS)}|archive_format|archive_version|byteorder|\.data/\w+"
 )
 PLAIN = re.compile(r"[\w.+-]*")  # no text that does anything when evaluated
+TREE = re.compile(r'(?s)(?!.*"type"\s*:\s*"(?!builtins\.(tuple|list|dict)"))[\w\s.,:"\[\]{}]*')
 TEXTS = {  # by key in model.json: operators that are looked up, and texts that are evaluated
     "target": re.compile(r"torch\.ops\.aten\.\w+\.\w+"),
     "expr_str": re.compile(r"\d+|s\d+|Symbol\('s\d+', positive=True, integer=True\)"),
     "guards_code": re.compile(r"(?!)"),  # nothing: it is run
-    "in_spec": re.compile(r"[\w\s.,:\"\[\]{}]*"),
-    "out_spec": re.compile(r"[\w\s.,:\"\[\]{}]*"),
+    "in_spec": TREE,
+    "out_spec": TREE,
 }
 
 
