@@ -513,6 +513,6 @@ def test_published_sizes_are_within_the_tolerance_at_batches_up_to_33(ending, pu
     for batch, (error, limit) in rows.items():
         used = error.max_abs / limit.max_abs
         print(f"{variant} {ending}, batch {batch}: {error.max_abs:.1e}, tolerance {limit.max_abs:.1e}, {used:.0%}")
-        assert error.max_abs <= limit.max_abs  # measured: B/16, at most 30 %
+        assert error.max_abs <= limit.max_abs  # measured: B/16 at most 56 %, L/16 41 % up to 7
     print(f"{variant} {ending}: {done.num_bytes:,} bytes of which weights {weights:,}")
     assert weights < done.num_bytes < 1.01 * weights + 2**20
