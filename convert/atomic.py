@@ -1,6 +1,6 @@
 """Files and folders that appear complete or not at all."""
 
-__all__ = ["atomic_write", "check_writable"]
+__all__ = ["atomic_files", "atomic_write", "check_writable"]
 
 import contextlib
 import glob
@@ -41,9 +41,7 @@ def atomic_write(
     path = Path(path)
     _remove_abandoned(path)
     check_writable(path, force=force, folder=folder, replaceable=replaceable)
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise CheckpointError(f"{path}: needs {size / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left")
+    require_space(path, size)
     with contextlib.ExitStack() as stack:
         unnamed = None if folder else stack.enter_context(_unnamed_file(path.parent))
         new = unnamed or stack.enter_context(_temporary_folder(path)) / "new"
@@ -60,6 +58,44 @@ def atomic_write(
         else:
             new.replace(path)
         _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_files(path: str | os.PathLike[str], *, size: int, force: bool = False) -> Iterator[Path]:
+    """As `atomic_write`, for a file that must have its own name while it is written and checked, and may have others beside it.
+
+    The path has the name of `path` in a folder of its own. At the end of the block what else is in that folder moves beside
+    `path`, and then the file itself.
+    """
+    path = Path(path)
+    _remove_abandoned(path)
+    check_writable(path, force=force)
+    require_space(path, size)
+    with _temporary_folder(path) as folder:
+        new = folder / path.name
+        yield new
+        others = [path.parent / file.name for file in folder.iterdir() if file.name not in ("lock", path.name)]
+        for target in (*others, path):
+            _sync(folder / target.name)
+            check_writable(target, force=force)
+        moved: list[Path] = []
+        try:
+            for target in others:
+                (folder / target.name).replace(target)
+                moved.append(target)
+            new.replace(path) if force else _link_as_new(new, path)
+        except BaseException:
+            for target in moved:
+                target.unlink()
+            raise
+        _sync(path.parent)
+
+
+def require_space(path: Path, size: int) -> None:
+    """Raise CheckpointError if the disk of `path` has no room for `size` bytes."""
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise CheckpointError(f"{path}: needs {size / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left")
 
 
 def check_writable(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from convert import read
+from convert import CheckpointError, read
 from convert.cli import reading_options, refuse_ignored, require_verb, run_guarded
 
 from .commands.device_options import DEVICE_OPTIONS, processes_of
@@ -111,6 +111,8 @@ def parity(arguments: argparse.Namespace) -> int:
 
     try:
         a, b = (implementation_of(text, exact=arguments.exact) for text in (arguments.a, arguments.b))
+    except CheckpointError:
+        raise
     except ValueError as error:
         arguments.usage(str(error))
     if "flax" not in (a.name, b.name):
@@ -149,9 +151,25 @@ def publish(arguments: argparse.Namespace) -> None:
     run(arguments.source, arguments.folder, push_to=arguments.push, reading=reading_options(arguments), **options)
 
 
+def export(arguments: argparse.Namespace) -> None:
+    from .commands.export import export
+    from .export.program import ExportOptions
+
+    names = ("features", "softmax", "uint8")
+    options = ExportOptions(dtype=arguments.program_dtype, **{name: getattr(arguments, name) for name in names})
+    reading = reading_options(arguments)
+    print(export(arguments.source, arguments.out, options=options, reading=reading, force=arguments.force))
+
+
 def _model_options(arguments: argparse.Namespace) -> "ModelOptions":
     from .commands.model_options import ModelOptions
+    from .export.formats import is_exported
 
+    if is_exported(arguments.source):
+        reading = ["image_size", "depth", "variant", "dtype", "gelu", "layer_norm_epsilon", "key", "step", "allow_nonfinite"]
+        refuse_ignored(arguments, [*reading, *DEVICE_OPTIONS], f"{arguments.source} is an exported program; leave it out")
+        if arguments.implementation != "flax":
+            arguments.usage(f"--implementation: {arguments.source} is an exported program; leave it out")
     if arguments.implementation == "torch":
         refuse_ignored(arguments, DEVICE_OPTIONS, "is for --implementation flax")
     names = ("source", "implementation", "labels", "batch_size", "threads", "mesh")
@@ -159,7 +177,7 @@ def _model_options(arguments: argparse.Namespace) -> "ModelOptions":
     return ModelOptions(reading=reading_options(arguments), use_exif=arguments.exif, **options)
 
 
-VERBS = {verb.__name__: verb for verb in (summary, demo, predict, evaluate, finetune, pack, parity, draw, publish)}
+VERBS = {verb.__name__: verb for verb in (summary, demo, predict, evaluate, finetune, pack, parity, draw, export, publish)}
 
 
 def entry() -> None:

@@ -30,6 +30,7 @@ from einops import rearrange
 
 from convert import CheckpointError, MixerConfig
 
+from .export.program import Program
 from .preprocess import ImageError, load_image, preprocessing_of, require_pillow
 
 NONE_LISTED = "no images: standard input lists none"
@@ -120,10 +121,12 @@ def _completed(batch: list[ImageResult], outputs: list[Outputs]) -> Iterator[Ima
 
 
 def forward_of(model: Any) -> tuple[Forward, int]:
-    """Images (b, h, w, c) -> features and logits by a Flax or PyTorch model, and the usual batch size on its device.
+    """Images (b, h, w, c) -> features and logits by a model or an exported program, and the usual batch size on its device.
 
     Without a head the logits are the features. Beyond 8 images the activations of a Mixer-B/16 leave a CPU's cache.
     """
+    if isinstance(model, Program):
+        return model.forward, 8
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(model, torch.nn.Module):
         from .inference import compiled

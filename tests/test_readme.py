@@ -99,6 +99,7 @@ WRITTEN = {
     "README.md": {"mixer_b16.pt", "parity.html", "confusion.png", "tokens.png"},
     "converting.md": {"mixer_b16.pt", "mixer", "big.safetensors"},
     "parity.md": {"parity.html"},
+    "exporting.md": {"mixer.onnx", "mixer.stablehlo", "mixer.pt2"},
 }
 
 
@@ -198,12 +199,13 @@ def test_every_verb_is_a_python_function(folder, released):
     _make_pets(folder)
     scope["config"] = FinetuneConfig.of("small", batch_size=4, warmup_steps=1, total_steps=2)
     modules = "convert, convert.download, mixer_jax.pictures.weights, "
-    modules += ", ".join(f"mixer_jax.commands.{name}" for name in ("demo", "finetune", "pack", "parity", "publish"))
+    modules += ", ".join(f"mixer_jax.commands.{name}" for name in ("demo", "export", "finetune", "pack", "parity", "publish"))
     exec(f"from pathlib import Path; import {modules}", scope)
     results = {verb: eval(python, scope) for _, verb, python in rows}
     assert len(results["predict"][0].top) == 3
     assert results["compare"].fingerprint == results["inspect"]["fingerprint"]
     assert results["parity"].passed
+    assert results["export"].proof.operations == 24
     assert results["finetune"].best_row["validation_images"] == 2
     assert results["pack"] == 8
     assert results["publish"].architecture == "mixer_b16_224"

@@ -12,6 +12,9 @@ from convert import CheckpointError, ReadOptions, read
 from convert.labels import read_labels
 from convert.preprocessing import PREPROCESSING_NAMES
 
+from ..export.formats import is_exported, opened
+from ..export.program import Program
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -27,7 +30,9 @@ class ModelOptions:
     mesh: str | None = None
 
     def load(self) -> Any:
-        """The Flax or PyTorch model, with the labels of these options; on several devices, Replicas."""
+        """The Flax or PyTorch model, with the labels of these options; on several devices, Replicas. Or an exported program."""
+        if is_exported(self.source):
+            return self._program()
         checkpoint = read(self.source, self.reading)
         channels, classes = checkpoint.config.in_channels, checkpoint.config.num_classes
         if checkpoint.dtype == np.float64:
@@ -50,6 +55,20 @@ class ModelOptions:
         from ..sharding.replicas import Replicas
 
         return load(checkpoint) if self.mesh is None and jax.device_count() == 1 else Replicas.load(checkpoint, self.mesh)
+
+    def _program(self) -> Program:
+        program = opened(self.source)
+        changes: dict[str, Any] = {}
+        if self.reading.preprocessing is not None:
+            changes["preprocessing"] = self.reading.preprocessing
+        if self.labels is not None and program.config.num_classes:
+            changes["labels"] = tuple(read_labels(self.labels, program.config.num_classes))
+        program = program.with_facts(**changes)
+        if program.preprocessing is None:
+            raise CheckpointError(
+                f"{self.source}: names no preprocessing: choose one with --preprocess, of {', '.join(PREPROCESSING_NAMES)}"
+            )
+        return program
 
     def running(self) -> dict[str, Any]:
         """The keywords that `predict` and `evaluate` have in common."""

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from convert import __version__
-from convert.cli import add_reading_options, preprocessing, whole_number
+from convert.cli import add_reading_options, dtype, preprocessing, whole_number
+from convert.dtypes import WEIGHTS
 
 from .device_options import add_device_options
 
@@ -23,7 +24,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mixer-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     verbs = _add_summary, _add_demo, _add_predict, _add_evaluate, _add_finetune, _add_pack, _add_parity, _add_draw
-    for add in (*verbs, _add_publish):
+    for add in (*verbs, _add_export, _add_publish):
         add(commands)
     return parser
 
@@ -126,7 +127,8 @@ def _add_parity(commands: Subparsers) -> None:
         help="whether two implementations compute the same, where they start to differ, and why",
         description="An implementation (IMPL) is NAME[:DEVICE[:DTYPE[:PRECISION]]], as in torch:gpu:bfloat16:default. NAME is "
         "flax, torch, timm or numpy (the paper's equations in float64); DEVICE is cpu, gpu or tpu; PRECISION, of matmuls, is "
-        "highest, high or default. Exit code: 0 yes, 1 no or an error.",
+        "highest, high or default. Or it is an exported program: onnx:FILE, openvino:FILE, stablehlo:FILE, pt2:FILE. "
+        "Exit code: 0 yes, 1 no or an error.",
         epilog="example: python -m mixer_jax parity Mixer-B_16.npz --a flax:gpu --b torch:cpu --html parity.html",
     )
     command.add_argument("source", metavar="FILE", help="a checkpoint")
@@ -184,8 +186,24 @@ def _add_publish(commands: Subparsers) -> None:
     add_reading_options(command)
 
 
-def _add_image_options(command: argparse.ArgumentParser, *, exif: bool) -> None:
+def _add_export(commands: Subparsers) -> None:
+    example = "export Mixer-B_16.npz mixer.onnx --uint8"
+    command = _command(commands, "export", "a program for other runtimes, written only if parity holds", example=example)
     command.add_argument("source", metavar="FILE", help="a checkpoint")
+    command.add_argument("out", type=Path, metavar="OUT", help="the program: .onnx, .stablehlo (JAX) or .pt2 (PyTorch)")
+    output = command.add_mutually_exclusive_group()
+    output.add_argument("--features", action="store_true", help="give the head's input instead of logits")
+    output.add_argument("--softmax", action="store_true", help="give softmax scores instead of logits")
+    pixels = "take uint8 pixels from 0 to 255, resized and cropped, and scale them inside the program"
+    command.add_argument("--uint8", action="store_true", help=pixels)
+    usual = f"dtype of weights and computation: {', '.join(WEIGHTS)} (default: float32)"
+    command.add_argument("--dtype", dest="program_dtype", type=dtype, default="float32", metavar="DTYPE", help=usual)
+    command.add_argument("--force", action="store_true", help="replace OUT")
+    add_reading_options(command, without=("dtype",))
+
+
+def _add_image_options(command: argparse.ArgumentParser, *, exif: bool) -> None:
+    command.add_argument("source", metavar="FILE", help="a checkpoint, or a program that export wrote")
     command.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one a line")
     usual = "images computed at once (default: 8 on a CPU, else 64)"
     command.add_argument("--batch-size", type=whole_number(1), metavar="N", help=usual)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from convert import CheckpointError
 from convert.atomic import atomic_write, check_writable
 
+from ..export.program import Program
 from ..images import NONE_LISTED, ImageResult, find_images, missing, summary_of
 from ..labels import Labels, class_names
 from ..preprocess import preprocessing_name, preprocessing_of
@@ -125,6 +126,8 @@ def run(
             raise CheckpointError(
                 f"{options.source}: has no head, so no classes: ask for --features OUT.npy, without --top and --labels"
             )
+        if features and classes and isinstance(model, Program):
+            raise CheckpointError(f"{options.source}: gives {model.facts.output}: export a program with --features for these")
         preprocessings = [preprocessing_name(model, name) for name in ([None, against] if against else [None])]
         report = Report(preprocessings, class_names(classes, model.labels), top or 5, as_json)
     require_same("list of images", summary_of(paths))

@@ -1,10 +1,10 @@
 """What an exported program takes and gives, whatever its format, and the facts that travel with it."""
 
-__all__ = ["ExportOptions", "Facts", "Program"]
+__all__ = ["ExportOptions", "Facts", "Program", "wide"]
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, Self
 
@@ -70,6 +70,24 @@ class Facts:
     def to_json(self) -> str:
         return json.dumps({"kind": KIND} | asdict(self))
 
+    def scaling(self) -> tuple[np.ndarray, np.ndarray]:
+        """Factor and offset, of all channels or of each, that make a model's input of pixels from 0 to 255."""
+        from ..preprocess import preprocessing_of
+
+        if self.preprocessing is None:
+            raise CheckpointError("names no preprocessing, so the range of its input is unknown")
+        ends = np.repeat(np.array([[0], [255]], np.uint8), self.config.in_channels, axis=1)
+        low, high = preprocessing_of(self.preprocessing, self.config.in_channels).scaled(ends).astype(np.float64)
+        return (high - low) / 255, low
+
+    @property
+    def output(self) -> str:
+        return "features" if self.options.features else "scores" if self.options.softmax else "logits"
+
+    @property
+    def input_dtype(self) -> str:
+        return "uint8" if self.options.uint8 else wide(self.options.dtype)
+
     @classmethod
     def from_json(cls, text: str | bytes, source: str) -> Self:
         """Raises CheckpointError for anything that `to_json` did not write."""
@@ -88,12 +106,62 @@ class Facts:
             raise CheckpointError(f"{source}: its facts are damaged ({type(error).__name__}: {error})") from None
 
 
+def wide(dtype: str) -> str:
+    """The dtype of a program's input, mean, head and output: float32 or better."""
+    return dtype if dtype == "float64" else "float32"
+
+
 @dataclass(frozen=True)
 class Program:
     """An exported program, opened. `run` takes images (b, h, w, channels), uint8 pixels from 0 to 255 with `uint8` and else
     float32 as preprocessing makes them, and gives float32 logits, scores (b, classes) or features (b, hidden).
+
+    `operations`, of a program that names them, takes the same and gives the result of every operation by parity's name, in
+    order. With it and with `config`, `labels` and `preprocessing`, a program serves where a model does.
     """
 
     source: str
     facts: Facts
     run: Callable[[np.ndarray], np.ndarray]
+    operations: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+
+    @property
+    def config(self) -> MixerConfig:
+        """Without classes where the output is features."""
+        return self.facts.config.replace(num_classes=0) if self.facts.options.features else self.facts.config
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        return self.facts.labels
+
+    @property
+    def preprocessing(self) -> str | None:
+        return self.facts.preprocessing
+
+    def with_facts(self, **changes: Any) -> Self:
+        """With other labels or another preprocessing. Raises CheckpointError for one that a uint8 program does not have."""
+        if "preprocessing" in changes:
+            self.require_preprocessing([changes["preprocessing"]])
+        return replace(self, facts=replace(self.facts, **changes))
+
+    def require_preprocessing(self, names: Sequence[str]) -> None:
+        """Raise CheckpointError for another preprocessing than that which is inside a uint8 program."""
+        others = [name for name in names if name != self.preprocessing]
+        if self.facts.options.uint8 and others:
+            raise CheckpointError(
+                f"{self.source}: the scaling of {self.preprocessing} is inside it, so it takes no {others[0]}"
+            )
+
+    def forward(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Features and logits of preprocessed images (b, h, w, c): of the two what the program gives, and the other is empty.
+
+        Without classes the logits are the features, and of scores the logits are their logarithm.
+        """
+        options = self.facts.options
+        if options.uint8:
+            factor, offset = self.facts.scaling()
+            images = np.rint((images - offset) / factor).clip(0, 255).astype(np.uint8)
+        outputs = self.run(images)
+        if options.softmax:
+            outputs = np.log(np.maximum(outputs, np.finfo(outputs.dtype).tiny))
+        return (outputs if options.features else np.zeros((len(outputs), 0), np.float32)), outputs

@@ -24,6 +24,7 @@ from .tolerance import SIMULATION, Deviation, Simulation, Tolerance, Weights, de
 from .tolerance import tolerance as tolerance_of
 
 Recorded = dict[str, np.ndarray]
+NONE = Deviation(0.0, 0.0, 0.0)
 
 
 class InconclusiveError(ValueError):
@@ -156,8 +157,8 @@ def compare(
     """Run two implementations on images (n, h, w, channels), as the checkpoint takes them.
 
     `b` computes from `other` and `other_images`, where they are given; `checkpoint` and `images` are what is right. `runs`
-    replaces what is run; `tolerance` is theirs, where that is known already. Raises InconclusiveError where
-    the logits prove nothing, and what `Implementation.open` raises.
+    replaces what is run; `tolerance` is theirs, where that is known already. One whose hook sees nothing is compared by its
+    logits alone. Raises InconclusiveError where the logits prove nothing, and what `Implementation.open` raises.
     """
     config, weights, images = checkpoint.config, checkpoint.to("google").as_numpy(), np.asarray(images, np.float64)
     other, images_b = other or checkpoint, images if other_images is None else np.asarray(other_images, np.float64)
@@ -167,9 +168,15 @@ def compare(
     recorded = _record(run_a, images, simulation), _record(run_b, images_b, simulation)
     if tolerance is None:
         tolerance = tolerance_of(config, weights, images, a.roundings, b.roundings, simulation)
-    errors = [_operation_errors(config, weights, images, results, simulation) for results in recorded]
+    named = tolerance.accumulated
+    if all(recorded):
+        errors = [_operation_errors(config, weights, images, results, simulation) for results in recorded]
+    else:  # an exported program that names no operations: its output is all that there is
+        named = dict([list(named.items())[-1]])
+        recorded = dict.fromkeys(named, outputs[0]), dict.fromkeys(named, outputs[1])
+        errors = 2 * [dict.fromkeys(named, NONE)]
     operations = []
-    for name, limit in tolerance.accumulated.items():
+    for name, limit in named.items():
         error_a, error_b = errors[0][name], errors[1][name]
         limit_a, limit_b = (limits[name] for limits in tolerance.per_operation)
         difference = deviation(recorded[0][name], recorded[1][name]).max_abs

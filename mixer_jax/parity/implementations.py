@@ -14,6 +14,7 @@ from convert import Checkpoint, CheckpointError
 from convert.dtypes import SHORT_NAMES
 
 from .numpy_model import Hook, forward
+from .programs import PROGRAMS, dtype_of, open_program
 from .rounding import Rounding
 
 # Images (b, h, w, c) and a hook or None -> logits. A hook that returns the array it was given changes nothing.
@@ -35,7 +36,7 @@ class Implementation:
 
     It computes in `dtype` (weights are rounded to it, but stored in at least float32), with matmuls at `precision`, as JAX
     names it. In PyTorch every precision but "highest" allows TF32 on a GPU. The Flax model computes on all devices of a kind
-    with a `mesh` such as "data=2,model=4".
+    with a `mesh` such as "data=2,model=4". "onnx", "openvino", "stablehlo" and "pt2" run the exported program at `path`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Implementation:
     dtype: str = "float32"
     precision: str = "highest"
     mesh: str | None = None
+    path: str | None = None
 
     def __post_init__(self) -> None:
         allowed = {"name": tuple(_OPEN), "device": tuple(UNITS), "dtype": DTYPES, "precision": PRECISIONS}
@@ -51,10 +53,18 @@ class Implementation:
                 raise ValueError(f"{getattr(self, entry)!r} is not a {entry} of an implementation: {', '.join(values)}")
         if self.name == "numpy" and (self.device, self.dtype) != ("cpu", "float64"):
             raise ValueError("the NumPy model computes in float64 on the CPU")
+        if (self.name in PROGRAMS) != bool(self.path):
+            raise ValueError(f"{self.name} runs the program of a file: {self.name}:FILE, as in onnx:model.onnx")
 
     @classmethod
     def parse(cls, text: str, dtype: str = "float32") -> "Implementation":
-        """ "flax", "flax:gpu", "torch:cuda:bf16" or "torch:cpu:bfloat16:default"; `dtype` holds where the text has none."""
+        """ "flax", "flax:gpu", "torch:cuda:bf16" or "torch:cpu:bfloat16:default"; `dtype` holds where the text has none.
+
+        "onnx:model.onnx", which computes in what the file says. Raises CheckpointError for a file that is no such program.
+        """
+        program, _, path = text.partition(":")
+        if program in PROGRAMS and path:
+            return cls(program, dtype=dtype_of(program, path), path=path)
         name, *rest = (ALIASES.get(word, word) for word in text.split(":"))
         if len(rest) > 3:
             raise ValueError(f"an implementation is NAME[:DEVICE[:DTYPE[:PRECISION]]], not {text!r}")
@@ -62,6 +72,8 @@ class Implementation:
         return cls(name, **entries)
 
     def __str__(self) -> str:
+        if self.path is not None:
+            return f"{self.name}:{self.path}"
         text = ":".join((self.name, self.device, self.dtype, self.precision)) if self.name != "numpy" else self.name
         return text if self.mesh is None else f"{text} on {self.mesh}"
 
@@ -242,6 +254,11 @@ def _run_torch(model: Any, forward: Callable[[Any, Any], Any], dtype: Any) -> Ru
     return run
 
 
+def _open_program(implementation: Implementation, checkpoint: Checkpoint) -> Run:
+    assert implementation.path is not None
+    return open_program(implementation.name, implementation.path, checkpoint)
+
+
 def _torch_device(implementation: Implementation) -> str:
     import torch
 
@@ -263,4 +280,6 @@ def _converted(
     return converted
 
 
-_OPEN = {"flax": _open_flax, "torch": _open_torch, "timm": _open_timm, "numpy": _open_numpy}
+_OPEN = {"flax": _open_flax, "torch": _open_torch, "timm": _open_timm, "numpy": _open_numpy} | dict.fromkeys(
+    PROGRAMS, _open_program
+)

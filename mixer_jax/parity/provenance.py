@@ -12,10 +12,11 @@ from typing import Any
 from convert import Checkpoint, __version__
 from convert.identity import fingerprint
 
+from . import programs
 from .comparison import Comparison
 from .implementations import Implementation
 
-PACKAGES = {"flax": ("jax", "jaxlib", "flax"), "torch": ("torch",), "timm": ("torch", "timm"), "numpy": ()}
+PACKAGES = {"flax": ("jax", "jaxlib", "flax"), "torch": ("torch",), "timm": ("torch", "timm"), "numpy": ()} | programs.PACKAGES
 ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -57,7 +58,7 @@ def _implementation(implementation: Implementation) -> dict[str, Any]:
 
         entries["jax_default_matmul_precision"] = str(getattr(jax.config, "jax_default_matmul_precision", None))
         entries["jax_default_backend"] = jax.default_backend()
-    elif implementation.name != "numpy":
+    elif implementation.name in ("torch", "timm", "pt2"):
         import torch
 
         from ..torch_model import tf32_switches

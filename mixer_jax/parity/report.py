@@ -1,6 +1,17 @@
 """The parity report of a checkpoint, and the report as text and as JSON (`html` has it as a page)."""
 
-__all__ = ["ParityReport", "Table", "as_dict", "as_text", "figure", "multiple", "parity_report", "tables", "verdict"]
+__all__ = [
+    "ParityReport",
+    "Table",
+    "as_dict",
+    "as_lines",
+    "as_text",
+    "figure",
+    "multiple",
+    "parity_report",
+    "tables",
+    "verdict",
+]
 
 import json
 import math
@@ -115,8 +126,10 @@ def verdict(report: ParityReport) -> str:
     differ = f"the {output} differ by {size}, {_of_tolerance(comparison.fraction)} the tolerance of "
     differ += f"{limit.rms if rms else limit.max_abs:.1e}"
     pair = f"{comparison.a} and {comparison.b}"
+    words = "and every operation is within its own" if report.passed else "though every operation is within its own"
+    operations = words if len(comparison.operations) > 1 else "and an exported program shows no operation by itself"
     if report.passed:
-        yes = f"yes: {pair} compute the same from {source}; {differ}, and every operation is within its own"
+        yes = f"yes: {pair} compute the same from {source}; {differ}, {operations}"
         metadata, metadata_b = (checkpoint.metadata for checkpoint in comparison.checkpoints)
         differences = "; ".join(metadata.differences(metadata_b, ("gelu", "layer_norm_epsilon")))
         return f"{yes}; but the files' numerics differ, {differences}, which this cannot tell apart" if differences else yes
@@ -124,7 +137,7 @@ def verdict(report: ParityReport) -> str:
     if comparison.first:
         return f"{no}; the first operation outside its tolerance is {comparison.first}"
     if comparison.fraction > 1:
-        return f"{no}; {differ}, though every operation is within its own"
+        return f"{no}; {differ}, {operations}"
     count = len(report.exactness.apart) if report.exactness else 0
     return f"{no}; as float32, {count:,} of the {output} differ by more than float64 rounding explains"
 
@@ -162,7 +175,7 @@ def as_text(report: ParityReport) -> str:
     """For a terminal, the verdict first."""
     lines = [verdict(report), ""]
     for table in tables(report):
-        lines += [*_text_table(table), ""]
+        lines += [*as_lines(table), ""]
     for title, entries in report.about.items():
         lines.append(f"{title}: " + "; ".join(f"{name} {value}" for name, value in entries.items()))
     return "\n".join(lines)
@@ -265,7 +278,8 @@ def _exactness_table(exactness: Exactness) -> Table:
     )
 
 
-def _text_table(table: Table) -> list[str]:
+def as_lines(table: Table) -> list[str]:
+    """For a terminal."""
     lines = [table.title]
     if table.rows:
         widths = [max(map(len, column)) for column in zip(table.head, *table.rows)]

@@ -14,6 +14,7 @@ import numpy as np
 
 from convert import Checkpoint, CheckpointError, MixerConfig
 
+from ..export.program import Program
 from ..images import ImageResult, forward_of, run_on_images
 from ..labels import Labels
 from .processes import count, exchanged, index
@@ -72,10 +73,12 @@ def run_on_rows(
     threads: int | None = None,
     use_exif: bool = True,
 ) -> Generator[ImageResult]:
-    """The outputs of a Flax or PyTorch model, or of Replicas, for each image under each preprocessing, in their order.
+    """The outputs of a model, of Replicas or of an exported Program, for each image under each preprocessing, in their order.
 
     Every row of Replicas computes `batch_size` images at once, and every process has all results.
     """
+    if isinstance(model, Program):
+        model.require_preprocessing(preprocessings)
     replicas = model if isinstance(model, Replicas) else Replicas(model)
     forward, usual_batch_size = forward_of(replicas.model)
     size, own = batch_size or usual_batch_size, replicas.own
