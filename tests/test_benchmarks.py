@@ -49,7 +49,7 @@ def test_all_implementations_agree_and_are_timed(tmp_path, part, names, toleranc
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", ["linen", "torch_model"])
+@pytest.mark.parametrize("name", [pytest.param("linen", marks=pytest.mark.heavy), "torch_model"])
 def test_an_implementation_that_computes_something_else_stops_the_run_before_it_is_timed(tmp_path, name):
     process = run("forward", "--results", tmp_path, "--plant", name)
     assert process.returncode == 1
@@ -120,6 +120,7 @@ def test_the_tables_of_memory_are_those_that_a_run_wrote():
     assert all(table in page for table in memory.tables(computed).split("\n\n"))
 
 
+@pytest.mark.heavy
 def test_learning_in_its_quick_form_writes_every_part(tmp_path):
     pytest.importorskip("grain")  # the extra `train`
     command = [sys.executable, ROOT / "benchmarks" / "learn.py", "--quick", "--json", tmp_path / "learn.json"]

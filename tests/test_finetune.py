@@ -126,7 +126,7 @@ def test_killed_anywhere_ends_with_the_same_bits(kills, uninterrupted, tmp_path)
     assert writes >= kills // 10  # left a state half written
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.heavy)])
 def test_a_signal_saves_before_it_stops(number, uninterrupted, tmp_path):
     child = started(tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout.readline().startswith(b"step 0")

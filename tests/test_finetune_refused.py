@@ -312,6 +312,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.heavy
 def test_a_full_disk_while_saving(undisturbed, tmp_path, capsys):
     """The kernel refuses each write past a limit on the size of files, as it does on a full disk."""
     folder = tmp_path / "run"

@@ -64,7 +64,7 @@ def main():
         mesh = jax.make_mesh((8,), ("data",), **({"axis_types": (AxisType.Auto,)} if axes == "auto" else {}))
         images = jax.device_put(IMAGES, NamedSharding(mesh, P("data")))
         replicated = NamedSharding(mesh, P())
-        for context, unstack in ((False, False), (True, False), (False, True)):
+        for context, unstack in ((False, False), (True, False), (False, True))[:: 1 if axes == "explicit" else 2]:
             for name, way in {**FORWARD, "step": step}.items():
                 # With explicit axes a gradient needs the weights on the mesh; a forward pass does not.
                 model = load(replicated if name == "step" else None)
@@ -88,7 +88,7 @@ def rows():
 
 def test_every_way_to_call_a_model_on_a_mesh_gives_the_logits_and_the_step_of_one_device(rows):
     errors = [row["error"] for row in rows if "way" in row]
-    assert len(errors) == 2 * 3 * 5
+    assert len(errors) == (3 + 2) * 5
     assert max(errors) <= 1e-12  # measured: 1e-15
 
 

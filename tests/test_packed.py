@@ -156,6 +156,7 @@ def test_images_that_cannot_be_read_are_packed_and_named_when_used(tmp_path):
     assert same(folder, tmp_path / "out")
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("unoptimised")
 def test_a_run_begun_on_the_folder_goes_on_with_the_pack(tmp_path, monkeypatch):
     folder = class_folders(tmp_path / "pets", each=8)

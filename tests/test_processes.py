@@ -206,6 +206,7 @@ def test_evaluate_and_parity_in_two_processes(options, photographs):
     assert second == ""
 
 
+@pytest.mark.heavy
 def test_what_differs_between_processes_is_named_in_all(photographs, tmp_path):
     line = ["-m", "mixer_jax", "finetune", photographs / "start.npz", "digits", "--run", tmp_path / "run", "--preset", "small"]
     address = free_address()

@@ -104,7 +104,7 @@ WRITTEN = {
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("page", WRITTEN)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.heavy] * (page == "exporting.md")) for page in WRITTEN])
 def test_every_command_runs(page, folder, released):
     """In order, as one reads: later ones need what earlier ones wrote."""
     for line in commands(page):

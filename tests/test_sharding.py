@@ -77,7 +77,7 @@ def main():
         steps = 10 if dtype == "float64" else 0
         if axes == AxisType.Auto:
             one, _ = trained(dtype, steps=steps)
-        for text, split in MESHES if axes == AxisType.Auto else MESHES[1::2]:
+        for text, split in MESHES if axes == AxisType.Auto else MESHES[3:]:
             mesh = mesh_of(text).update(axis_types=(axes, axes))
             placement = Placement.checked(mesh, CONFIG, split_weights=split, batch_size=16)
             many, state = trained(dtype, placement, steps=steps)
@@ -143,13 +143,13 @@ def rows():
 
 def test_logits_and_ten_steps_are_those_of_one_device(rows):
     rows = [row for row in rows if "mesh" in row]
-    assert len(rows) == 10
+    assert len(rows) == 9
     assert max(row["error"] for row in rows if row["dtype"] == "float64") <= 1e-12  # measured: 2e-15
     assert max(row["logits"] for row in rows if row["dtype"] == "float32") <= 2e-6
 
 
 def test_with_explicit_axes_the_state_stays_where_the_placement_puts_it(rows):
-    assert [row["kept"] for row in rows if row.get("axes") == "Explicit"] == 2 * [True]
+    assert [row["kept"] for row in rows if row.get("axes") == "Explicit"] == [True]
 
 
 def test_programs_have_the_collectives_that_the_sharding_calls_for(rows):

@@ -33,7 +33,7 @@ def load(kind: str = "stacked", mode: str = "eval", dtype: str = "float32", **op
     return model.unstacked() if kind == "unstacked" else model
 
 
-@pytest.fixture(params=["stacked", "unstacked"])
+@pytest.fixture(params=["stacked", pytest.param("unstacked", marks=pytest.mark.heavy)])
 def kind(request):
     return request.param
 

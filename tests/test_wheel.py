@@ -38,6 +38,7 @@ def test_both_packages_and_their_types_are_in_the_wheel(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.heavy
 def test_the_wheel_runs_in_an_empty_environment(wheel, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "empty"], check=True)
     bin = tmp_path / "empty" / "bin"
