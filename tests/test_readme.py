@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import pytest
 from conftest import GOLDENS, random_weights
 from implementations import checkpoint
 from PIL import Image
+from test_processes import free_address
 
 import convert
 import mixer_jax
@@ -44,12 +44,6 @@ def blocks(page, language):
 
 def commands(page):
     return [line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("python ")]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -154,7 +148,7 @@ def test_the_page_on_scaling_runs_in_two_processes(folder):
     environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     lines = few.replace(" &", "").splitlines()
     for pair in zip(lines[::2], lines[1::2]):
-        address = f"localhost:{free_port()}"
+        address = free_address()
         commands = [[sys.executable, *shlex.split(line.replace("localhost:8476", address))[1:]] for line in pair]
         children = [subprocess.Popen(each, env=environment, stdout=-1, stderr=-1, text=True) for each in commands]
         texts = [child.communicate() for child in children]
