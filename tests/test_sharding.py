@@ -25,7 +25,7 @@ from PIL import Image
 from test_mesh import ENVIRONMENT
 
 import mixer_jax
-from convert import Checkpoint, MixerConfig
+from convert import Checkpoint, MixerConfig, write
 from mixer_jax.sharding.digest import digests
 from mixer_jax.sharding.placement import SIZES, Placement, mesh_of
 from mixer_jax.sharding.replicas import Replicas, run_on_rows
@@ -146,6 +146,18 @@ def test_logits_and_ten_steps_are_those_of_one_device(rows):
     assert len(rows) == 9
     assert max(row["error"] for row in rows if row["dtype"] == "float64") <= 1e-12  # measured: 2e-15
     assert max(row["logits"] for row in rows if row["dtype"] == "float32") <= 2e-6
+
+
+@pytest.mark.parametrize("mesh", ["data=2,model=4", *(pytest.param(m, marks=pytest.mark.heavy) for m in ("data=8", "model=8"))])
+def test_in_float32_every_operation_is_inside_the_tolerance_that_parity_derives(mesh, tmp_path):
+    write(tmp_path / "w.npz", Checkpoint.from_arrays(random_weights(CONFIG)).with_metadata(num_blocks=3), layout="google")
+    line = ["parity", tmp_path / "w.npz", "--b", "numpy", "--mesh", mesh, "--count", "8", "--depth", "3", "--json"]
+    environment = os.environ | ENVIRONMENT | {"JAX_ENABLE_X64": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mixer_jax", *line], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert json.loads(done.stdout)["passed"]
 
 
 def test_with_explicit_axes_the_state_stays_where_the_placement_puts_it(rows):
