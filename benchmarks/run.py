@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from devices import synthetic
 from measure import CACHE, HERE, PYTHONS, ROOT, Times, Worker, environment, in_turns, machine, run_process, running, show
-from worker import FROM_TORCH
+from worker import FROM_TORCH, PROGRAMS
 
 from convert import Checkpoint, MixerConfig, read, write
 from mixer_jax.parity import numpy_model
@@ -77,6 +77,18 @@ class Settings:
             envs = {n: "here" if n == "torch_model" else env for n, env in envs.items()}
         return {n: env for n, env in envs.items() if PYTHONS[env].exists() and (self.peers or env != "peers")}
 
+    def programs(self, weights: str, dtype: str) -> dict[str, str]:
+        """Files that `mixer_jax export` makes of the weights. ONNX Runtime has no bfloat16 on a CPU, and takes float16."""
+        narrow = "float16" if dtype == "bfloat16" else dtype
+        dtypes = {".onnx": narrow, "float32 .onnx": "float32", ".stablehlo": dtype, ".pt2": dtype}
+        return {key: str(self.export(weights, key.split()[-1], of)[0]) for key, of in dtypes.items()}
+
+    def export(self, weights: str, ending: str, dtype: str) -> tuple[Path, Row]:
+        """An exported program, and the figures of the process that wrote it, none if it was there already."""
+        path = self.folder / f"{Path(weights).stem}-{dtype}{ending}"
+        command = [sys.executable, "-m", "mixer_jax", "export", weights, path, "--dtype", dtype]
+        return path, {} if path.exists() else run_process(command, environment(ROOT))
+
     def planted(self) -> str:
         """Slightly wrong weights."""
         name, config = self.model()
@@ -102,6 +114,7 @@ class Group:
 ALL = "mixer_jax linen timm torch_eager torch_compile onnxruntime openvino fastest_matmul matmuls"
 BFLOAT16 = "mixer_jax linen mixer_jax_latest linen_latest torch_eager timm torch_model openvino fastest_matmul"
 CALLS = "mixer_jax nnx_jit linen torch_model"
+FILES = " ".join(("mixer_jax", *PROGRAMS))
 GROUPS = {
     # All peers at batch 128 would take more than 24 GB, most of it OpenVINO's conversion.
     "forward": [
@@ -111,11 +124,16 @@ GROUPS = {
     "bfloat16": [Group("forward", BFLOAT16, {8: 7, 32: 5}, "bfloat16")],
     "torch": [Group("forward", "torch_model timm torch_eager", {1: 15, 8: 7, 32: 5}, dtype) for dtype in TOLERANCE],
     "train": [Group("training", "mixer_jax mixer_jax_remat linen timm", {8: 5})],
+    "exported": [
+        Group("forward", FILES, {1: 9, 8: 5, 32: 3}),
+        Group("forward", f"{FILES} mixer_jax_latest", {1: 9, 8: 5, 32: 3}, "bfloat16"),
+    ],
     "depth": [Group("compiling", "mixer_jax/12 linen/12 mixer_jax/24 linen/24 mixer_jax/32 linen/32", {8: 3})],
     "overhead": [Group("calling", CALLS, {1: 15})],
 }
 QUICK_GROUPS = GROUPS | {
     "forward": [Group("forward", CALLS, {8: 3})],
+    "exported": [Group("forward", FILES, {8: 3})],
     "depth": [Group("compiling", "mixer_jax/2 linen/2 mixer_jax/4 linen/4", {8: 1})],
 }
 # A figure of an implementation, the relation it should have to a target, and the targets by batch or model.
@@ -153,7 +171,7 @@ GOALS: dict[str, list[tuple[str, str, str, dict]]] = {
 def judged(part: str, rows: Sequence[Row]) -> list[Row]:
     """Every goal that the rows can decide."""
     goals = []
-    for key, name, relation, targets in GOALS[part]:
+    for key, name, relation, targets in GOALS.get(part, []):
         for row in (row for row in rows if row["implementation"] == name and key in row):
             place = row["batch"] if row.get("batch") in targets else row["model"]
             if place in targets:
@@ -202,9 +220,11 @@ def in_groups(settings: Settings, part: str) -> list[Row]:
         weights, images = settings.weights(config, model), settings.images(config, max(turns))
         expected = numpy_model.forward(config, read(weights).as_numpy(), np.load(images, mmap_mode="r")[:1])
         planted = {settings.plant: {"weights": settings.planted()}} if settings.plant else {}
-        with running(group.task, settings.environments(group.names.split())) as workers:
+        names = group.names.split()
+        programs = settings.programs(weights, group.dtype) if set(names) & set(PROGRAMS) else {}
+        with running(group.task, settings.environments(names)) as workers:
             for batch, count in turns.items():
-                job = {"weights": weights, "images": images, "batch": batch, "dtype": group.dtype}
+                job = {"weights": weights, "images": images, "batch": batch, "dtype": group.dtype, "programs": programs}
                 job |= {"threads": os.cpu_count(), "variant": "S/32" if settings.quick else "B/16"}
                 results = {n: w.prepare(settings.folder, **(job | planted.get(n, {}))) for n, w in workers.items()}
                 differences = require_equal(results, group.dtype, expected)
@@ -293,9 +313,23 @@ def cache(settings: Settings) -> list[Row]:
     return rows
 
 
+def export(settings: Settings) -> list[Row]:
+    """Writing and proving of exported programs, each in a new process."""
+    rows: list[Row] = []
+    for model, config in [settings.model()] if settings.quick else [(v, MixerConfig.named(v)) for v in ("B/16", "L/16")]:
+        weights = settings.weights(config, model)
+        for ending in (".onnx", ".stablehlo", ".pt2"):
+            with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
+                path, figures = replace(settings, folder=Path(folder)).export(weights, ending, "float32")
+                sizes = {"bytes": path.stat().st_size, "bytes_of_weights": 4 * config.num_parameters}
+                rows.append({"implementation": ending, "model": model} | figures | sizes)
+    show(rows, "export, with its proof, in a new process")
+    return rows
+
+
 PARTS: dict[str, Callable[[Settings], list[Row]]] = {part: partial(in_groups, part=part) for part in GROUPS}
-PARTS |= {"start": start, "cache": cache}
-IN_QUICK = ("forward", "train", "start")
+PARTS |= {"start": start, "cache": cache, "export": export}
+IN_QUICK = ("forward", "train", "start", "exported")
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 `python worker.py TASK NAME` answers {"do": "prepare", ...} with facts and versions once its results are written, and
 {"do": "run", "repeat": n} with the seconds of one run, the mean of n in a row. It runs in whatever environment has the
-implementation (jax_tasks.py, torch_tasks.py); between requests it waits for input.
+implementation (jax_tasks.py, torch_tasks.py, program_tasks.py); between requests it waits for input.
 """
 
 import importlib.metadata
@@ -20,6 +20,7 @@ Job = dict[str, Any]
 Call = Callable[[], Any]  # one run, finished when it returns
 Prepared = tuple[Call, dict[str, np.ndarray], dict[str, Any]]  # the run, its results, facts about it
 PACKAGES = ("jax", "flax", "torch", "timm", "onnxruntime", "openvino", "numpy")
+PROGRAMS = ("onnxruntime_file", "openvino_file", "stablehlo_file", "pt2_file")  # that `mixer_jax export` wrote
 FROM_TORCH = ("torch_model", "timm", "torch_eager", "torch_compile", "onnxruntime", "openvino")
 MOMENTUM, RATE = 0.9, 1e-3
 
@@ -50,7 +51,8 @@ def main(task: str, name: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     name, _, blocks = name.partition("/")
-    tasks = importlib.import_module("torch_tasks" if name in FROM_TORCH else "jax_tasks").TASKS
+    module = "torch_tasks" if name in FROM_TORCH else "program_tasks" if name in PROGRAMS else "jax_tasks"
+    tasks = importlib.import_module(module).TASKS
     call = None
     for line in sys.stdin:
         job = json.loads(line)

@@ -1,6 +1,6 @@
 """Files and folders that appear complete or not at all."""
 
-__all__ = ["atomic_files", "atomic_write", "check_writable"]
+__all__ = ["atomic_files", "atomic_write", "check_writable", "data_name"]
 
 import contextlib
 import glob
@@ -62,10 +62,11 @@ def atomic_write(
 
 @contextlib.contextmanager
 def atomic_files(path: str | os.PathLike[str], *, size: int, force: bool = False) -> Iterator[Path]:
-    """As `atomic_write`, for a file that must have its own name while it is written and checked, and may have others beside it.
+    """As `atomic_write`, for a file that must have its own name while it is written and checked, and may have data beside it.
 
-    The path has the name of `path` in a folder of its own. At the end of the block what else is in that folder moves beside
-    `path`, and then the file itself.
+    The path has the name of `path` in a folder of its own. At the end of the block the data move beside `path`, and then the
+    file itself. Data have names of their content by `data_name`, so that a file and data of another never come together,
+    whenever a writer is killed. Those of a file that was replaced are removed at last.
     """
     path = Path(path)
     _remove_abandoned(path)
@@ -74,13 +75,13 @@ def atomic_files(path: str | os.PathLike[str], *, size: int, force: bool = False
     with _temporary_folder(path) as folder:
         new = folder / path.name
         yield new
-        others = [path.parent / file.name for file in folder.iterdir() if file.name not in ("lock", path.name)]
-        for target in (*others, path):
+        data = [path.parent / file.name for file in folder.iterdir() if file.name not in ("lock", path.name)]
+        for target in (*data, path):
             _sync(folder / target.name)
             check_writable(target, force=force)
         moved: list[Path] = []
         try:
-            for target in others:
+            for target in data:
                 (folder / target.name).replace(target)
                 moved.append(target)
             new.replace(path) if force else _link_as_new(new, path)
@@ -88,7 +89,14 @@ def atomic_files(path: str | os.PathLike[str], *, size: int, force: bool = False
             for target in moved:
                 target.unlink()
             raise
+        for left in set(path.parent.glob(data_name(glob.escape(path.name), "[0-9a-f]" * 8))) - set(data) if force else ():
+            left.unlink()
         _sync(path.parent)
+
+
+def data_name(name: str, digest: str) -> str:
+    """The name of the data beside a file; `digest` has eight hexadecimal digits."""
+    return f"{name}.{digest}.data"
 
 
 def require_space(path: Path, size: int) -> None:

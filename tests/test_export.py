@@ -114,11 +114,20 @@ def test_large_weights_go_beside_the_graph_and_appear_with_it(source, tmp_path, 
     out = tmp_path / "tiny.onnx"
     for _ in range(2):
         done = export(source, out, force=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.onnx", "tiny.onnx.data"]
     assert done.proof.operations == 10 * TINY.num_blocks + 4
     out.unlink()
-    with pytest.raises(CheckpointError, match=r"tiny.onnx.data: exists already \(replace it with --force"):
+    with pytest.raises(CheckpointError, match=r"tiny.onnx.[0-9a-f]{8}.data: exists already \(replace it with --force"):
         export(source, out)
+    (data,) = tmp_path.iterdir()
+    assert data.stat().st_mode == source.stat().st_mode
+    export(source, out, options=ExportOptions(dtype="float16"), force=True)  # of other content, so of another name
+    files = sorted(tmp_path.iterdir())
+    assert files[0] == out
+    assert len(files) == 2
+    assert data not in files
+    monkeypatch.undo()
+    export(source, out, force=True)  # small enough to be without
+    assert list(tmp_path.iterdir()) == [out]
 
 
 # Planted faults.
@@ -128,9 +137,9 @@ def plant(monkeypatch, change):
     """Every graph is changed before it is written."""
     complete = onnx_program._save
 
-    def faulty(model, path, large):
+    def faulty(model, path):
         change(model.graph)
-        complete(model, path, large)
+        complete(model, path)
 
     monkeypatch.setattr(onnx_program, "_save", faulty)
 
@@ -210,13 +219,47 @@ def test_what_cannot_be_exported_is_refused(source, tmp_path, capsys, monkeypatc
     assert f"{out}: needs 1 MiB and the disk has 0 MiB left" in error(source, out, "--force")
 
 
-def test_a_missing_extra_is_named(source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    assert (
-        "writing .onnx needs onnx: pip install 'mixer-jax[onnx]'"
-        in run(capsys, "export", source, tmp_path / "tiny.onnx", code=1).err
-    )
+MISSING = {
+    "onnx": ("export", "tiny.onnx", "writing .onnx needs onnx: pip install 'mixer-jax[onnx]'"),
+    "onnxruntime": ("export", "tiny.onnx", "running .onnx needs ONNX Runtime: pip install 'mixer-jax[onnx]'"),
+    "torch": ("export", "tiny.pt2", ".pt2 needs PyTorch: pip install 'mixer-jax[torch]'"),
+    "openvino": ("parity", "openvino", "running .onnx by OpenVINO needs it: pip install 'mixer-jax[openvino]'"),
+}
+
+
+@pytest.mark.parametrize("package", MISSING)
+def test_a_missing_extra_is_named(package, source, exported, tmp_path, capsys, monkeypatch):
+    command, target, message = MISSING[package]
+    arguments = ("--a", "numpy", "--b", f"openvino:{exported('.onnx').path}") if command == "parity" else (tmp_path / target,)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run(capsys, command, source, *arguments, code=1).err == f"error: {message}\n"
     assert not list(tmp_path.iterdir())
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
+from mixer_jax.__main__ import main
+sys.exit(main())
+"""
+
+
+@endings
+def test_a_disk_that_is_full_in_the_middle_leaves_nothing(ending, source, tmp_path):
+    """The kernel refuses the write past a limit on the size of files, as it does on a full disk."""
+    _, error = process("export", source, tmp_path / f"tiny{ending}", python=("-c", LIMITED), code=1)
+    assert error.startswith("error: "), error
+    assert not list(tmp_path.iterdir())
+
+
+@endings
+def test_a_file_without_labels_gives_numbers(ending, photograph, tmp_path, capsys):
+    """Its grid is not square, as that of every Mixer in this file: no format needs it to be."""
+    convert.write(tmp_path / "bare.npz", checkpoint(WEIGHTS, TINY).with_metadata(preprocessing="squash"), layout="google")
+    export(tmp_path / "bare.npz", out := tmp_path / f"bare{ending}")
+    top = json.loads(run(capsys, "predict", out, photograph, "--json").out)["top"]
+    assert sorted(score["index"] for score in top) == [0, 1, 2, 3, 4]
+    assert [score["label"] for score in top] == [None] * 5
 
 
 # .stablehlo: one program for three platforms, read with JAX alone.
@@ -352,6 +395,24 @@ def test_an_exported_program_is_a_side_of_parity(ending, source, exported, capsy
     assert text.endswith(f"and {own}")
 
 
+@endings
+def test_a_program_of_pixels_is_a_side_of_parity(ending, source, tmp_path, capsys):
+    export(source, out := tmp_path / f"tiny{ending}", options=ExportOptions(uint8=True))
+    done = run(capsys, "parity", source, "--a", "numpy", "--b", f"{ending[1:]}:{out}").out
+    assert done.startswith(f"yes: numpy and {ending[1:]}:")
+    assert "rounded to whole pixels" in done
+
+
+def test_an_onnx_file_run_by_openvino_is_a_side_of_parity(source, exported, tmp_path):
+    """Against the NumPy model in a process without JAX, which warns of the processes that OpenVINO starts."""
+    path = exported(".onnx").path
+    out, _ = process("parity", source, "--a", "numpy", "--b", f"openvino:{path}")
+    assert out.startswith("yes: numpy and openvino:")
+    theirs = changed(path, tmp_path, FAULTS["epsilon"][0])
+    out, _ = process("parity", source, "--a", "numpy", "--b", f"openvino:{theirs}", code=1)
+    assert re.search(r"no: .*the logits differ by .*times the tolerance", out)
+
+
 def changed(path, folder, change, keep_names=True):
     """A copy of an .onnx without our facts, with its graph changed."""
     model = onnx.load(path)
@@ -430,12 +491,8 @@ def test_a_program_that_does_not_fit_is_refused_as_a_side(source, exported, tmp_
     for ending in (".onnx", ".stablehlo"):
         side = f"{ending[1:]}:{exported(ending).path}"
         assert "is of another network: " in in_parity(capsys, tmp_path / "other.npz", side, code=1)
-    for option, message in (
-        ("softmax", "gives scores, and the checkpoint logits"),
-        ("uint8", "takes uint8 pixels, and parity"),
-    ):
-        export(source, out := tmp_path / "tiny.onnx", options=ExportOptions(**{option: True}), force=True)
-        assert message in in_parity(capsys, source, f"onnx:{out}", code=1)
+    export(source, out := tmp_path / "tiny.onnx", options=ExportOptions(softmax=True))
+    assert "gives scores, and the checkpoint logits" in in_parity(capsys, source, f"onnx:{out}", code=1)
     assert "none.onnx: no such file" in in_parity(capsys, source, "onnx:none.onnx", code=1)
     assert "onnx runs the program of a file: onnx:FILE" in run(capsys, "parity", source, "--b", "onnx", code=2).err
 

@@ -17,6 +17,7 @@ from ..images import require_images
 from ..parity.comparison import noise
 from ..parity.html import as_html
 from ..parity.implementations import Implementation
+from ..parity.programs import facts_of
 from ..parity.report import EXTRAS, ParityReport, parity_report
 from ..parity.tolerance import Simulation
 from ..sharding.processes import is_first
@@ -42,7 +43,8 @@ def parity(
 ) -> ParityReport:
     """Compare `a` on a file with `b` on `other`, or on the same file; `a` and `b` may be written as "torch:gpu:bfloat16".
 
-    The input is `images`, preprocessed as each file's metadata or `reading` names it, or else `count` images of noise.
+    The input is `images`, preprocessed as each file's metadata or `reading` names it, or else `count` images of noise, of whole
+    pixels where a side is a program that takes these.
     `explain`, `exact` (float64 only) and `predict_devices` add parts to the report; `html` is a page to write. The Flax model
     computes on a `mesh` such as "data=2,model=4", where it is given; of several processes all call this.
     """
@@ -59,6 +61,11 @@ def parity(
         images_are = images_are if images_are == images_b_are else f"{images_are}; for b {images_b_are}"
     else:
         pixels, pixels_b, images_are = noise(checkpoint.config, count, seed), None, f"of seeded noise, seed {seed}"
+    for facts in (facts_of(side.name, side.path) for side in (a, b) if side.path is not None):
+        if facts is not None and facts.options.uint8:
+            pixels = facts.scaled(facts.pixels(pixels))
+            pixels_b = None if pixels_b is None else facts.scaled(facts.pixels(pixels_b))
+            images_are = f"{images_are}, rounded to whole pixels"
     report = parity_report(
         checkpoint,
         pixels,

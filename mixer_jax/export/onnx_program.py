@@ -2,6 +2,7 @@
 
 __all__ = ["Session", "opened", "write"]
 
+import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,6 +13,7 @@ import numpy as np
 from einops import rearrange
 
 from convert import Checkpoint, CheckpointError, MixerConfig
+from convert.atomic import data_name
 
 from .onnx_names import operations_of, shapes_of, values_of
 from .program import ExportOptions, Facts, Program
@@ -22,7 +24,7 @@ INLINE_BYTES = 10**9  # more weights go to a file beside the graph; a protobuf m
 
 
 def write(path: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
-    """Write the graph, and above 1 GB the weights beside it as `NAME.onnx.data`. Raises ImportError without onnx."""
+    """Write the graph, and above 1 GB the weights beside it as `NAME.onnx.DIGEST.data`. Raises ImportError without onnx."""
     try:
         import onnx
     except ModuleNotFoundError:
@@ -39,14 +41,22 @@ def write(path: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=9)
     model.producer_name, model.producer_version = "mixer_jax", facts.versions["mixer-jax"]
     onnx.helper.set_model_props(model, {KEY: facts.to_json()} | _readable(facts))
-    _save(model, path, sum(len(tensor.raw_data) for tensor in graph.initializer) > INLINE_BYTES)
+    _save(model, path)
 
 
-def _save(model: Any, path: Path, large: bool) -> None:
+def _save(model: Any, path: Path) -> None:
     import onnx
 
-    location = {"location": f"{path.name}.data", "size_threshold": 256}
-    beside: dict[str, Any] = {"save_as_external_data": True} | location if large else {}
+    weights = [tensor.raw_data for tensor in model.graph.initializer]
+    beside: dict[str, Any] = {}
+    if sum(map(len, weights)) > INLINE_BYTES:
+        digest = hashlib.sha256()
+        for data in weights:
+            digest.update(data)
+        location = data_name(path.name, digest.hexdigest()[:8])
+        beside = {"save_as_external_data": True, "location": location, "size_threshold": 256}
+        (path.parent / location).touch()  # with the permissions of other files: onnx would keep them from all but the owner
+    del weights
     onnx.save(model, path, **beside)
     onnx.checker.check_model(str(path), full_check=True)
 

@@ -80,6 +80,16 @@ class Facts:
         low, high = preprocessing_of(self.preprocessing, self.config.in_channels).scaled(ends).astype(np.float64)
         return (high - low) / 255, low
 
+    def scaled(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (b, h, w, c) from 0 to 255 as the model takes them, in float32 or better."""
+        factor, offset = self.scaling()
+        return (pixels * factor + offset).astype(wide(self.options.dtype))
+
+    def pixels(self, images: np.ndarray) -> np.ndarray:
+        """The uint8 pixels that are nearest to images (b, h, w, c) as the model takes them."""
+        factor, offset = self.scaling()
+        return np.rint((images - offset) / factor).clip(0, 255).astype(np.uint8)
+
     @property
     def output(self) -> str:
         return "features" if self.options.features else "scores" if self.options.softmax else "logits"
@@ -158,10 +168,7 @@ class Program:
         Without classes the logits are the features, and of scores the logits are their logarithm.
         """
         options = self.facts.options
-        if options.uint8:
-            factor, offset = self.facts.scaling()
-            images = np.rint((images - offset) / factor).clip(0, 255).astype(np.uint8)
-        outputs = self.run(images)
+        outputs = self.run(self.facts.pixels(images) if options.uint8 else images)
         if options.softmax:
             outputs = np.log(np.maximum(outputs, np.finfo(outputs.dtype).tiny))
         return (outputs if options.features else np.zeros((len(outputs), 0), np.float32)), outputs

@@ -56,8 +56,7 @@ def prove(program: Program, checkpoint: Checkpoint) -> Proof:
     inputs = images
     if facts.options.uint8:
         inputs = np.random.default_rng(SEED).integers(0, 256, images.shape, np.uint8)
-        factor, offset = facts.scaling()
-        images = (inputs * factor + offset).astype(wide(facts.options.dtype))
+        images = facts.scaled(inputs)
     weights = checkpoint.to("google").as_numpy()
     right = forward(config, weights, images)
     try:

@@ -67,7 +67,24 @@ def write(path: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
     batch = {"images": {0: torch.export.Dim("batch", min=1)}}
     with torch.no_grad():
         program = torch.export.export(Whole().eval(), (images,), dynamic_shapes=batch)
-    torch.export.save(program, path, extra_files={FACTS: facts.to_json()})
+    with _NeverFailing(io.FileIO(path, "w")) as file:
+        torch.export.save(program, file, extra_files={FACTS: facts.to_json()})
+    if file.error is not None:
+        raise file.error
+
+
+class _NeverFailing(io.BufferedWriter):
+    """A file that keeps its first error: of one that is raised, as on a full disk, PyTorch's zip writer ends the process."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            if self.error is None:
+                super().write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
 
 
 def facts_of(path: str | os.PathLike[str]) -> Facts:

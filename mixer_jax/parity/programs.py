@@ -1,6 +1,6 @@
 """Exported programs as implementations: an .onnx of anybody's, and what `mixer_jax export` wrote."""
 
-__all__ = ["PACKAGES", "PROGRAMS", "dtype_of", "open_program"]
+__all__ = ["PACKAGES", "PROGRAMS", "dtype_of", "facts_of", "open_program"]
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,24 +21,33 @@ PROGRAMS = tuple(PACKAGES)
 Run = Callable[[np.ndarray, Hook | None], np.ndarray]
 
 
-def dtype_of(name: str, path: str) -> str:
-    """What a program computes in. Raises CheckpointError for a file that is none."""
+def facts_of(name: str, path: str) -> "Facts | None":
+    """What a program says of itself; None for somebody else's .onnx. Raises CheckpointError for a file that is none."""
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file")
     if name in ("onnx", "openvino"):
         from ..export.onnx_program import Session
 
-        return Session(path).dtype
+        return Session(path).facts
     from ..export import pt2, stablehlo
 
-    return (stablehlo.facts_of(path)[0] if name == "stablehlo" else pt2.facts_of(path)).options.dtype
+    return stablehlo.facts_of(path)[0] if name == "stablehlo" else pt2.facts_of(path)
+
+
+def dtype_of(name: str, path: str) -> str:
+    """What a program computes in. Raises CheckpointError for a file that is none."""
+    if (facts := facts_of(name, path)) is not None:
+        return facts.options.dtype
+    from ..export.onnx_program import Session
+
+    return Session(path).dtype
 
 
 def open_program(name: str, path: str, checkpoint: Checkpoint) -> Run:
     """A program that takes the images of a checkpoint and gives its logits, or features where it has no head.
 
-    The hook sees every operation where an .onnx names them, or shows them by its structure, and else none. Raises
-    CheckpointError for a program of another network or of another output.
+    One of uint8 pixels is given the nearest ones. The hook sees every operation where an .onnx names them, or shows them by
+    its structure, and else none. Raises CheckpointError for a program of another network or of another output.
     """
     config = checkpoint.config
     if name in ("onnx", "openvino"):
@@ -59,7 +68,10 @@ def open_program(name: str, path: str, checkpoint: Checkpoint) -> Run:
         _require_comparable(facts, config, path)
 
     def run(images: np.ndarray, hook: Hook | None) -> np.ndarray:
-        images = images.astype("float64" if facts and facts.input_dtype == "float64" else np.float32)
+        if facts is not None and facts.options.uint8:
+            images = facts.pixels(images)
+        else:
+            images = images.astype("float64" if facts and facts.input_dtype == "float64" else np.float32)
         outputs = compute(images).astype(np.float64)
         compute(np.concatenate([images, images[:1]]))  # a batch that is frozen shows at another size
         if hook is not None and operations is not None:
@@ -71,8 +83,6 @@ def open_program(name: str, path: str, checkpoint: Checkpoint) -> Run:
 
 
 def _require_comparable(facts: "Facts", config: MixerConfig, path: str) -> None:
-    if facts.options.uint8:
-        raise CheckpointError(f"{path}: takes uint8 pixels, and parity gives floats: compare an export without --uint8")
     wanted = "logits" if config.num_classes else "features"
     if facts.output != wanted:
         raise CheckpointError(
@@ -86,7 +96,7 @@ def _openvino(session: Any) -> Callable[[np.ndarray], np.ndarray]:
     try:
         import openvino
     except ModuleNotFoundError:
-        raise ImportError("running a program by OpenVINO needs it: pip install openvino") from None
+        raise ImportError("running .onnx by OpenVINO needs it: pip install 'mixer-jax[openvino]'") from None
     model = openvino.Core().compile_model(str(session.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: np.array(model(session.prepared(images))[0])
 
