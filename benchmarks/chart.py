@@ -15,6 +15,14 @@ NAMES = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
 }
+FILES = {
+    "mixer_jax": "**mixer-jax, `compiled`**",
+    "mixer_jax_latest": "mixer-jax with the newest JAX",
+    "onnxruntime_file": "`.onnx` in ONNX Runtime, float16 in place of bfloat16",
+    "openvino_file": "`.onnx` in OpenVINO",
+    "stablehlo_file": "`.stablehlo` in JAX",
+    "pt2_file": "`.pt2` in PyTorch",
+}
 PARTS = {"forward": "forward", "torch": "our PyTorch model, forward", "train": "training step", "start": "file to first logits"}
 FIGURES = {
     "relative_time": "relative time of {}",
@@ -48,23 +56,14 @@ def times(relative: dict[tuple[str, Any], float], name: str, places: Any) -> lis
 
 
 def readme_table(results: Path) -> str:
-    """Relative times of the peers in four rows, the last with the goals that are missed."""
+    """Relative times of the peers in three rows."""
     forward, train = (by(load(results, part), "relative_time") for part in ("forward", "train"))
     seconds = by(load(results, "start"), "process_s", "model")
     start = {name: f"{seconds[path, 'B/16'] / seconds['mixer_jax', 'B/16']:.2f}" for name, path in PATHS.items()}
-    missed: dict[str, list[str]] = {name: [] for name in NAMES}
-    for part, place in (("forward", "batch {}"), ("train", "training"), ("start", "file")):
-        for goal in missed_goals(results, part):
-            peer, target = goal["implementation"], goal["target"]
-            if goal["figure"] == "process_s_relative_to_official":
-                peer, target = "linen", 1 / target
-            if peer in missed and peer != "mixer_jax":
-                missed[peer].append(f"{target:.3g} ({place.format(goal['at'])})")
     lines = [
         ["forward, batch 1 / 8 / 32", *(" / ".join(times(forward, name, (1, 8, 32))) for name in NAMES)],
         ["training step, batch 8", *("".join(times(train, name, (8,))) for name in NAMES)],
         ["file to first logits", *(start.get(name, "") for name in NAMES)],
-        ["*goal, where missed*", *(", ".join(missed[name]) for name in NAMES)],
     ]
     return markdown(["B/16, float32, two CPU cores: relative time (x), lower is faster", *NAMES.values()], lines)
 
@@ -120,6 +119,30 @@ def table_of_missed_goals(results: Path) -> str:
             work = f"{PARTS.get(part, part)}, {goal['dtype']}, {place}"
             lines.append([work, figure, f"{goal['value']:.2f}", f"{goal['relation']} {goal['target']:.3g}"])
     return markdown(["work", "figure", "measured", "goal"], lines)
+
+
+def tables_of_exports(results: Path) -> str:
+    """Exported programs beside `compiled`, and what writing them takes."""
+    rows, columns = load(results, "exported"), {"float32": ("float32",), "bfloat16": ("bfloat16", "float16")}
+    batches = sorted({row["batch"] for row in rows})
+
+    def column(figure: str, dtypes: tuple[str, ...]) -> dict[tuple[str, Any], Any]:
+        return {key: value for dtype in dtypes for key, value in by(rows, figure, dtype=dtype).items()}
+
+    relative = [column("relative_time", dtypes) for dtypes in columns.values()]
+    names = [name for name in FILES if any((name, batches[0]) in column for column in relative)]
+    lines = [[FILES[name], *(" / ".join(times(column, name, batches)) for column in relative)] for name in names]
+    rates = [column("images_per_s", dtypes) for dtypes in columns.values()]
+    ours = (" / ".join(f"{column['mixer_jax', batch]:.1f}" for batch in batches) for column in rates)
+    head = [f"B/16 forward, batch {' / '.join(map(str, batches))}: relative time (x)", *columns]
+    speed = markdown(head, [*lines, ["*images a second of mixer-jax*", *ours]])
+    lines = [
+        [row["model"], f"`{row['implementation']}`", f"{row['process_s']:.0f}", f"{row['peak_mib'] / 1024:.1f} GiB"]
+        + [f"{row['bytes'] / 1e6:.1f} MB", f"{row['bytes'] / row['bytes_of_weights'] - 1:.3%}"]
+        for row in load(results, "export")
+    ]
+    head = ["model", "file", "seconds", "peak memory", "size", "size beyond the weights"]
+    return f"{speed}\n\n{markdown(head, lines)}"
 
 
 def tables_of_learning(results: Path) -> str:
@@ -183,7 +206,7 @@ def draw(results: Path, output: Path) -> None:
 
 def main() -> None:
     draw(HERE / "results", HERE.parent / "docs" / "speed.png")
-    for write in (readme_table, table, table_of_work, table_of_missed_goals, tables_of_learning):
+    for write in (readme_table, table, table_of_work, table_of_missed_goals, tables_of_exports, tables_of_learning):
         print(f"{write(HERE / 'results')}\n")
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from convert import Checkpoint, CheckpointError, MixerConfig, read
-from convert.atomic import check_writable
+from convert.atomic import check_writable, write_bytes
 from convert.cli import run_guarded
-from mixer_jax.commands.parity import write_page
 from mixer_jax.parity.comparison import noise
 from mixer_jax.parity.html import as_html_of_many
 from mixer_jax.parity.implementations import Implementation
@@ -44,8 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = read(arguments.source) if arguments.source else synthetic(MixerConfig.named("B/16"))
     reports, unproved = every_pair(checkpoint, arguments.count)
     text = json.dumps({"reports": [as_dict(report) for report in reports], "unproved": unproved}, indent=1)
-    write_page(arguments.out, text, force=arguments.force)
-    write_page(page, as_html_of_many("Parity of devices", reports, unproved), force=arguments.force)
+    write_bytes(arguments.out, text.encode(), force=arguments.force)
+    write_bytes(page, as_html_of_many("Parity of devices", reports, unproved).encode(), force=arguments.force)
     print(f"written: {arguments.out}, {page}")
     if not reports or not all(report.passed for report in reports):
         sys.exit(1)

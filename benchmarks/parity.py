@@ -53,7 +53,8 @@ def predicted(variant: str, draws: int) -> list[dict]:
 
 def tables(results: dict) -> str:
     """What was measured and what is predicted, as two tables in Markdown. Differences are those of the logits."""
-    head = "model | computed in | difference, relative to max abs | tolerance | fraction of the tolerance | worst operation"
+    head = "model | computed in | largest difference, relative to max abs | tolerance"
+    head += " | fraction of the tolerance, of max abs or rms the larger | the worst operation's fraction of its own"
     lines = [f"| {head} |", "| --- | --- | --- | --- | --- | --- |"]
     for row in results["measured"]:
         figures = f"{row['max_abs']:.1e} | {row['tolerance']:.1e} | {row['fraction']:.0%} | {row['worst_operation']:.0%}"

@@ -14,7 +14,7 @@ def images_first(job: Job) -> np.ndarray:
 
 
 def onnxruntime(job: Job) -> Prepared:
-    """Its threads stop spinning when a run has ended."""
+    """In float32, or where the others are in bfloat16 in float16. Its threads stop spinning when a run has ended."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -22,7 +22,7 @@ def onnxruntime(job: Job) -> Prepared:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(job["programs"][".onnx"], options, providers=["CPUExecutionProvider"])
     call = partial(session.run, None, {"images": images_first(job)})
-    return call, {"logits": call()[0]}, {}
+    return call, {"logits": call()[0]}, {"dtype": "float16" if job["dtype"] == "bfloat16" else job["dtype"]}
 
 
 def openvino(job: Job) -> Prepared:

@@ -56,8 +56,8 @@ def published(name: str, case: dict[str, Any], folder: Path) -> dict[str, Any]:
     images = np.concatenate([noise(config, 1, seed) for seed in (0, 1)])
     prepared = [prepare(image, config, case["preprocessing"]) for image in IMAGES]
     np.savez(folder.with_suffix(".npz"), images=images, logits=forward(config, weights, images), prepared=np.stack(prepared))
-    sides = [Implementation.parse(side).roundings for side in ("timm", "numpy")]
-    limits = tolerance(config, weights, images[:1], *sides).accumulated["head" if config.num_classes else "mean"]
+    roundings = [Implementation.parse(name).roundings for name in ("timm", "numpy")]
+    limits = tolerance(config, weights, images[:1], *roundings).accumulated["head" if config.num_classes else "mean"]
     return {"case": name, "labels": labels, "tolerance": limits.relative, "gap": gap and gap.max_abs}
 
 
@@ -90,8 +90,8 @@ def opened(folder: Path) -> dict[str, Any]:
         out = out if isinstance(out, torch.Tensor) else out.logits if model.num_classes else out.pooler_output
         return float(np.abs(out.double().numpy() - right).max() / scale)
 
-    for side, network in (("timm", model), ("transformers", wrapper)):
-        result |= {f"{side} float32": off(network, torch.float32), f"{side} float64": off(network, torch.float64)}
+    for library, network in (("timm", model), ("transformers", wrapper)):
+        result |= {f"{library} float32": off(network, torch.float32), f"{library} float64": off(network, torch.float64)}
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().double()
     with torch.inference_mode():
         result["gap"] = float(np.abs(plain(images[:1].double()).numpy() - right[:1]).max())
@@ -151,9 +151,9 @@ def faults(said: dict[str, Any], result: dict[str, Any]) -> list[str]:
         "labels": said["labels"] in (None, result["labels"]),
         "gap": abs(result["gap"] - (said["gap"] or 0)) <= 1e-9,
     }
-    for side in ("timm", "transformers"):
-        right[f"{side} float32"] = result[f"{side} float32"] <= said["tolerance"]
-        right[f"{side} float64"] = result[f"{side} float64"] <= 1e-12
+    for library in ("timm", "transformers"):
+        right[f"{library} float32"] = result[f"{library} float32"] <= said["tolerance"]
+        right[f"{library} float64"] = result[f"{library} float64"] <= 1e-12
     return [name for name, fits in right.items() if not fits]
 
 

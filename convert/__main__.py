@@ -133,8 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s A2B SOURCE TARGET [options]\n       %(prog)s SOURCE TARGET [--to LAYOUT] [options]\n"
         "       %(prog)s inspect FILE | compare FILE FILE | download NAME",
         description="MLP-Mixer checkpoints from one layout to another. A2B is from layout A to layout B, as in npz2torch; each "
-        f"is one of {names}. The format follows the ending of the target: .npz, .safetensors, .pt, .pth, or none for an Orbax "
-        "folder. Without A2B and --to the layout is the one usual in that format.",
+        f"is one of {names}. The format follows the ending of the target: .npz, .safetensors, .pt, .pth, .msgpack, or .orbax "
+        "and none for an Orbax folder. Without A2B and --to the layout is the one usual in that format.",
         epilog="example: python -m convert npz2torch Mixer-B_16.npz mixer_b16.pt",
     )
     parser.add_argument("--version", action="version", version=f"mixer-jax {__version__}")
@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("convert", *A2B):
         layouts = "to another layout" if name == "convert" else "from the {} layout to the {} layout".format(*A2B[name])
         command = add(name, convert, layouts, **({"help": helps[name]} if name in helps else {}))
-        command.add_argument("source", help="file or Orbax folder to read")
+        command.add_argument("source", help="file, folder of checkpoints, or name of a published file to read")
         command.add_argument("target", help="file or Orbax folder to write")
         to = names if name == "convert" else argparse.SUPPRESS
         command.add_argument("--to", choices=[*NAMES, "google"], metavar="LAYOUT", help=to)

@@ -1,6 +1,6 @@
 """Files and folders that appear complete or not at all."""
 
-__all__ = ["atomic_files", "atomic_write", "check_writable", "data_name"]
+__all__ = ["atomic_files", "atomic_write", "check_writable", "data_name", "write_bytes"]
 
 import contextlib
 import glob
@@ -14,11 +14,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
-from .formats import is_orbax
 
 
-def _is_orbax_target(path: Path) -> bool:
-    return is_orbax(path) and path.suffix in ("", ".orbax")
+def no_folder(path: Path) -> bool:
+    """The rule by which `force` replaces no folder."""
+    return False
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def atomic_write(
     size: int,
     folder: bool = False,
     force: bool = False,
-    replaceable: Callable[[Path], bool] = _is_orbax_target,
+    replaceable: Callable[[Path], bool] = no_folder,
 ) -> Iterator[Path]:
     """A path to write a file to, or with `folder` a folder. It becomes `path` at the end of the block, or vanishes.
 
@@ -36,7 +36,7 @@ def atomic_write(
     complete, so that even a killed process leaves nothing; otherwise, and for folders, the next writer removes what killed
     processes left beside `path`. The content has reached the disk before the last step, one link or rename. Without `force`
     an existing `path` is an error, also if it appears meanwhile. With `force` a file replaces a file, and a folder replaces
-    one that is `replaceable`, an Orbax checkpoint unless another rule is given, never any other folder.
+    one that is `replaceable`, never any other.
     """
     path = Path(path)
     _remove_abandoned(path)
@@ -60,6 +60,12 @@ def atomic_write(
         _sync(path.parent)
 
 
+def write_bytes(path: Path, content: bytes | memoryview, *, force: bool = False) -> None:
+    """Write a file by `atomic_write`."""
+    with atomic_write(path, size=len(content), force=force) as new:
+        new.write_bytes(content)
+
+
 @contextlib.contextmanager
 def atomic_files(path: str | os.PathLike[str], *, size: int, force: bool = False) -> Iterator[Path]:
     """As `atomic_write`, for a file that must have its own name while it is written and checked, and may have data beside it.
@@ -75,21 +81,21 @@ def atomic_files(path: str | os.PathLike[str], *, size: int, force: bool = False
     with _temporary_folder(path) as folder:
         new = folder / path.name
         yield new
-        data = [path.parent / file.name for file in folder.iterdir() if file.name not in ("lock", path.name)]
+        pattern = data_name(glob.escape(path.name), 8 * "[0-9a-f]")
+        data = [path.parent / file.name for file in folder.glob(pattern)]
         for target in (*data, path):
             _sync(folder / target.name)
             check_writable(target, force=force)
-        moved: list[Path] = []
+        added = [target for target in data if not target.exists()]
         try:
             for target in data:
                 (folder / target.name).replace(target)
-                moved.append(target)
             new.replace(path) if force else _link_as_new(new, path)
         except BaseException:
-            for target in moved:
-                target.unlink()
+            for target in added:
+                target.unlink(missing_ok=True)
             raise
-        for left in set(path.parent.glob(data_name(glob.escape(path.name), "[0-9a-f]" * 8))) - set(data) if force else ():
+        for left in set(path.parent.glob(pattern)) - set(data) if force else ():
             left.unlink()
         _sync(path.parent)
 
@@ -106,9 +112,7 @@ def require_space(path: Path, size: int) -> None:
         raise CheckpointError(f"{path}: needs {size / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left")
 
 
-def check_writable(
-    path: Path, *, force: bool, folder: bool = False, replaceable: Callable[[Path], bool] = _is_orbax_target
-) -> None:
+def check_writable(path: Path, *, force: bool, folder: bool = False, replaceable: Callable[[Path], bool] = no_folder) -> None:
     """Raise CheckpointError if `path` must not be written. `replaceable` tells which folders `force` replaces."""
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: the folder {path.parent} does not exist")

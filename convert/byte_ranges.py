@@ -47,13 +47,26 @@ class OpenFile:
             return self._file.readinto(view) or 0
 
 
+class Window:
+    """A part of an open file, read as if it were a file."""
+
+    def __init__(self, file: OpenFile, offset: int, size: int):
+        self._file, self._offset, self.size = file, offset, size
+
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """As `OpenFile.read`."""
+        if not 0 <= offset <= offset + count <= self.size:
+            raise CheckpointError(f"truncated or damaged: {count} bytes wanted at {offset}, it has {self.size}")
+        return self._file.read(self._offset + offset, count)
+
+
 class ByteRange:
     """A range of bytes in a file. With `crc` (None: not known) it is verified when it is first read, whole or in part.
 
     `before` is the CRC-32 of what the checksum covers besides, ahead of these bytes.
     """
 
-    def __init__(self, file: OpenFile, offset: int, size: int, crc: int | None, *, before: int = 0):
+    def __init__(self, file: OpenFile | Window, offset: int, size: int, crc: int | None, *, before: int = 0):
         self.file, self.offset, self.size, self.crc, self.before = file, offset, size, crc, before
         self._verified = crc is None
 

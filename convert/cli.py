@@ -100,6 +100,20 @@ def add_reading_options(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     parser.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and infinity in the weights")
 
 
+READING_OPTIONS = (  # of `add_reading_options`, as argparse names them
+    "image_size",
+    "depth",
+    "variant",
+    "dtype",
+    "gelu",
+    "layer_norm_epsilon",
+    "preprocess",
+    "key",
+    "step",
+    "allow_nonfinite",
+)
+
+
 def reading_options(arguments: argparse.Namespace) -> ReadOptions:
     """The values of `add_reading_options`."""
     return ReadOptions(

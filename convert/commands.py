@@ -135,7 +135,7 @@ def plan_file(
 
 def inspect_file(source: AnyPath, *, reading: ReadOptions = ReadOptions()) -> dict[str, Any]:
     """What a checkpoint is; "arrays" has a row for each array. Reads all of it, NaN and infinity too."""
-    checkpoint = read(source, replace(reading, allow_nonfinite=True))
+    checkpoint = read(source, replace(reading, allow_float64=True, allow_nonfinite=True))
     metadata, sizes = checkpoint.metadata, checkpoint.sizes
     arrays = [{"array": name} | _statistics(np.asarray(array)) for name, array in checkpoint.arrays.items()]
     nan, infinite = (sum(row[kind] for row in arrays) for kind in ("NaN", "infinite"))
@@ -225,13 +225,13 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     if metadata.gelu != layout.gelu:
         remedy = layout.tanh_remedy if metadata.gelu == "tanh" else ""
         notes.append(
-            f"{layout.name}'s own code computes the {layout.gelu} GELU: logits would be off by about 5e-4 of their spread"
-            + (f"; {remedy} makes them equal" if remedy else "")
+            f"{layout.name}'s own code computes the {layout.gelu} GELU: logits would be off, of B/16 by about 5e-4 of their "
+            "spread" + (f"; {remedy} makes them equal" if remedy else "")
         )
     if metadata.layer_norm_epsilon != layout.layer_norm_epsilon:
         notes.append(
-            f"{layout.name}'s own code has the epsilon {layout.layer_norm_epsilon:g}: logits would be off by about 1e-5 of "
-            f"their spread; its LayerNorms with eps={metadata.layer_norm_epsilon:g} make them equal"
+            f"{layout.name}'s own code has the epsilon {layout.layer_norm_epsilon:g}: logits would be off, of B/16 by about "
+            f"1e-5 of their spread; its LayerNorms with eps={metadata.layer_norm_epsilon:g} make them equal"
         )
     if layout.size_arguments and (arguments := _timm_arguments(checkpoint)):
         notes.append(f"{layout.name}'s own code needs {layout.size_arguments.format(**arguments)} for these weights")

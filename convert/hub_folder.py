@@ -14,7 +14,7 @@ import numpy as np
 from .atomic import atomic_write, check_writable
 from .checkpoint import Checkpoint
 from .config import VARIANTS
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
 from .hub_config import CONFIG_FILE, HubConfig
 from .io import read, write
 from .preprocessing import NAMED_BY_TIMM, parsed
@@ -37,7 +37,7 @@ CANNOT_LOG_IN = "log in with `hf auth login` or set HF_TOKEN, and check the name
 
 
 def hub_config(checkpoint: Checkpoint, *, licence: str | None = None) -> dict[str, Any]:
-    """The content of config.json. Raises CheckpointError for all that timm's Mixers cannot be told, with what to do."""
+    """The content of config.json. Raises CheckpointError for what timm's config cannot express, with what to do."""
     config, metadata = checkpoint.config, checkpoint.metadata
     sizes = config.num_blocks, config.hidden_dim, config.patch_size
     faults = [] if sizes in ARCHITECTURES else [_unknown_sizes(*sizes)]
@@ -152,16 +152,16 @@ def _client() -> Any:
 
 
 def require_free(repository: str, *, force: bool) -> None:
-    """Raise CheckpointError if weights are in the repository and `force` does not replace them, or for an illegal name."""
+    """Raise CheckpointError if a file that `push` writes is there and `force` does not replace it, or for an illegal name."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
         raise CheckpointError(f"{repository!r} is not the name of a repository: give owner/name")
     client = _client().HfApi()
     try:
-        taken = not force and client.file_exists(repository, HUB_FILE)
+        taken = [] if force else [name for name in FILES if client.file_exists(repository, name)]
     except Exception as error:  # the hub's own, and those of the libraries below it
-        raise CheckpointError(f"{HUB}{repository}: cannot be reached ({_first_line(error)}); {CANNOT_LOG_IN}") from None
+        raise CheckpointError(f"{HUB}{repository}: cannot be reached ({first_line(error)}); {CANNOT_LOG_IN}") from None
     if taken:
-        raise CheckpointError(f"{HUB}{repository}: has a {HUB_FILE} already (replace it with --force or force=True)")
+        raise CheckpointError(f"{HUB}{repository}: has {', '.join(taken)} already (replace with --force or force=True)")
 
 
 def push(folder: Path, repository: str) -> str:
@@ -174,11 +174,7 @@ def push(folder: Path, repository: str) -> str:
         )
     except Exception as error:
         raise CheckpointError(
-            f"{HUB}{repository}: cannot be uploaded ({_first_line(error)}); {folder} is complete: {CANNOT_LOG_IN}, then the "
+            f"{HUB}{repository}: cannot be uploaded ({first_line(error)}); {folder} is complete: {CANNOT_LOG_IN}, then the "
             "same command with --force uploads it"
         ) from None
     return str(address)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from .atomic import atomic_write
 from .checkpoint import Checkpoint
 from .config import Gelu, Size, usual_depth
 from .errors import CheckpointError
-from .formats import Format, format_for_writing, format_of_file
+from .formats import Format, format_for_writing, format_of_file, is_orbax
 from .hub_config import CONFIG_FILE, OPTION, config_for, configured, is_in_hub_cache
 from .identity import sha256_of
 from .locate import locate, step_note
@@ -31,9 +31,9 @@ class ReadOptions:
 
     `variant` fails unless the checkpoint is, say, "B/16". `num_blocks` confirms a depth that no published Mixer of these
     widths has. `image_size` is the input size in pixels, needed when the patch grid is not square. `gelu`,
-    `layer_norm_epsilon` and `preprocessing` override the file's. `dtype` casts the weights, and is needed for float64.
-    `allow_nonfinite` accepts NaN and infinity in the weights. `key` selects one of several sets of weights in the file, and
-    `step` one of several checkpoints in a folder.
+    `layer_norm_epsilon` and `preprocessing` override the file's. `dtype` casts the weights, and is needed for float64 unless
+    `allow_float64`. `allow_nonfinite` accepts NaN and infinity in the weights. `key` selects one of several sets of weights in
+    the file, and `step` one of several checkpoints in a folder.
     """
 
     variant: str | None = None
@@ -43,6 +43,7 @@ class ReadOptions:
     layer_norm_epsilon: float | None = None
     preprocessing: str | None = None
     dtype: str | np.dtype | None = None
+    allow_float64: bool = False
     allow_nonfinite: bool = False
     key: str | None = None
     step: int | None = None
@@ -141,7 +142,7 @@ def _checked(checkpoint: Checkpoint, options: ReadOptions) -> Checkpoint:
     if depth is not None and usual_depth(checkpoint.sizes) not in (None, depth):
         checkpoint = checkpoint.with_metadata(num_blocks=int(depth))  # is written too, so that one confirmation is enough
     checkpoint.require_depth()
-    if checkpoint.dtype == np.float64 and options.dtype is None:
+    if checkpoint.dtype == np.float64 and options.dtype is None and not options.allow_float64:
         raise CheckpointError(
             "float64 weights, which no published Mixer has: keep them with --dtype float64 or cast them with --dtype float32; "
             "in Python that is ReadOptions(dtype='float64'), or param_dtype='float64' of load; "
@@ -182,9 +183,14 @@ def write(
     arrays = {name + below: array for name, array in _reported(checkpoint.arrays, progress).items()}
     metadata = add_checksum(checkpoint.metadata.as_json(beyond=omitted))
     np.empty(31 << 20, np.uint8)  # freed at once: from then on glibc keeps blocks up to this size for the next array
-    with atomic_write(path, size=size, folder=format.is_folder, force=force) as temporary:
+    with atomic_write(path, size=size, folder=format.is_folder, force=force, replaceable=is_orbax_target) as temporary:
         format.write(temporary, arrays, metadata)
         _verify(path, temporary, format, arrays, metadata)
+
+
+def is_orbax_target(path: Path) -> bool:
+    """Whether a folder is one that `write` replaces."""
+    return is_orbax(path) and path.suffix in ("", ".orbax")
 
 
 def _verify(path: Path, temporary: Path, format: Format, arrays: Arrays, metadata: Mapping[str, Any]) -> None:

@@ -114,7 +114,7 @@ TIMM = Layout(
 )
 
 REFERENCE = Layout(
-    name="reference",  # the PyTorch reference this project started from
+    name="reference",  # benchmarks/torch_reference.py
     modules={
         "stem": "to_patch_embedding.0.{leaf}",
         "token_norm": "mixer_blocks.{i}.token_mix.0.{leaf}",

@@ -79,6 +79,12 @@ NAMED_BY_TIMM = {  # names of what can be described as well
 PREPROCESSING_NAMES = ("resmall_crop", "resize_crop", "squash", *NAMED_BY_TIMM)
 
 
+def unknown_preprocessing(source: str, why: str | None = None) -> CheckpointError:
+    """The error for weights, or a program, of unknown preprocessing; `why` is more than that the file names none."""
+    names = ", ".join(PREPROCESSING_NAMES)
+    return CheckpointError(f"{source}: {why or 'names no preprocessing'}: choose one with --preprocess, of {names}")
+
+
 def canonical(text: str) -> str:
     """The one text of a preprocessing: a name, or a description in its fixed form. Raises CheckpointError for anything else."""
     preprocessing = parsed(text)

@@ -1,7 +1,7 @@
 """Photographs as batches for a model: find the files, decode them in threads while the model computes."""
 
 __all__ = [
-    "Forward",
+    "ForwardFunction",
     "ImageResult",
     "class_folders",
     "decode_ahead",
@@ -38,7 +38,7 @@ NONE_LISTED = "no images: standard input lists none"
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 Outputs = tuple[Any, Any]  # features and logits of a batch
-Forward = Callable[[np.ndarray], Outputs]
+ForwardFunction = Callable[[np.ndarray], Outputs]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ImageResult:
 
 
 def run_on_images(
-    forward: Forward,
+    forward: ForwardFunction,
     config: MixerConfig,
     paths: Sequence[str],
     preprocessings: Sequence[str],
@@ -120,7 +120,7 @@ def _completed(batch: list[ImageResult], outputs: list[Outputs]) -> Iterator[Ima
             yield ImageResult(result.path, error="the model gives NaN or infinity for it")
 
 
-def forward_of(model: Any) -> tuple[Forward, int]:
+def forward_of(model: Any) -> tuple[ForwardFunction, int]:
     """Images (b, h, w, c) -> features and logits by a model or an exported program, and the usual batch size on its device.
 
     Without a head the logits are the features. Beyond 8 images the activations of a Mixer-B/16 leave a CPU's cache.

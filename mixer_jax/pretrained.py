@@ -44,8 +44,8 @@ def load(
 ) -> "MlpMixer":
     """A Flax model with a checkpoint's weights, in eval mode.
 
-    `source` is a file or an Orbax folder in any layout, the name of a published file, or a Checkpoint:
-    `load(convert.read(file, ReadOptions(key="ema")))` for everything that a file may need to be told. Another `num_classes`
+    `source` is a file or a folder in any layout and format, the name of a published file, "hf:owner/name", or a Checkpoint:
+    `load(convert.read(file, ReadOptions(key="ema")))` for all options of reading. Another `num_classes`
     than the file's gives a new head of zeros, with a warning; 0 gives a model that returns features.
 
     Rates above 0 need `rngs`. `dtype`, `precision`, `rescale` and `remat` are MlpMixer's; `param_dtype` defaults to the
@@ -93,7 +93,7 @@ def _set_params(model: "MlpMixer", checkpoint: Checkpoint, sharding: Any) -> Non
 
     params = {"/".join(path): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     shapes = {name: (param.shape, param.dtype.name) for name, param in params.items()}
-    require_same(checkpoint.arrays, shapes, checkpoint.source)
+    require_fits(checkpoint.arrays, shapes, checkpoint.source)
     for name, param in params.items():
         array, place = checkpoint.arrays[name], sharding(name, param.shape) if callable(sharding) else sharding
         if isinstance(place, jax.sharding.Sharding) and place.num_devices > 1:
@@ -139,8 +139,8 @@ def save(
     """Write a Flax model's weights with its numerics, grid, `model.labels` and `model.preprocessing`, completely or not at all.
 
     The ending of `path` decides the format; `layout` defaults to the usual one: google in .npz, timm in .safetensors and
-    .pt, flax in an Orbax folder. `dtype` casts. An existing file is replaced only with `force`. A model on devices of several
-    processes is saved by a call in all of them, and written by the first.
+    .pt, flax in .msgpack and an Orbax folder. `dtype` casts. An existing file is replaced only with `force`. A model on
+    devices of several processes is saved by a call in all of them, and written by the first.
     """
     from .model import MlpMixer
     from .sharding.processes import all_or_none, is_first
@@ -194,7 +194,7 @@ def require_model(model: object, path: object, kind: type, *, other: str) -> Non
     raise TypeError(f"save takes a {kind.__module__}.{kind.__qualname__}, not {found}; the other framework's is {other}")
 
 
-def require_same(arrays: Arrays, expected: Mapping[str, tuple[tuple[int, ...], str]], source: str) -> None:
+def require_fits(arrays: Arrays, expected: Mapping[str, tuple[tuple[int, ...], str]], source: str) -> None:
     """Raise CheckpointError unless the arrays have exactly these names, each with its shape and dtype."""
     actual = {name: (tuple(array.shape), array.dtype.name) for name, array in arrays.items()}
     wrong = [

@@ -7,7 +7,7 @@ import os
 from convert import Checkpoint, usual_layout, write
 from convert.tensors import from_torch, to_torch
 
-from .pretrained import Source, checkpoint_for, require_model, require_same
+from .pretrained import Source, checkpoint_for, require_fits, require_model
 from .torch_model import MlpMixer, dtype_name, torch, torch_dtype
 
 
@@ -40,7 +40,7 @@ def load(
             precision=precision,
         )
     shapes = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in model.state_dict().items()}
-    require_same(checkpoint.arrays, shapes, checkpoint.source)
+    require_fits(checkpoint.arrays, shapes, checkpoint.source)
     # Copied: an array may be somebody's or a file's, and a model is written to.
     state = {name: to_torch(array).to(device, copy=True) for name, array in checkpoint.arrays.items()}
     model.load_state_dict(state, strict=True, assign=True)

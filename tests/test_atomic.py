@@ -18,6 +18,7 @@ from test_convert import equal
 import convert
 from convert import Checkpoint, CheckpointError, MixerConfig, ReadOptions, atomic
 from convert.atomic import _unnamed_file, atomic_write
+from convert.io import is_orbax_target
 
 KINDS = ["file", "named file", "folder"]  # "named": as on a system without unnamed files
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -27,7 +28,8 @@ def write(path: Path, kind: str, text: str, *, force: bool = False, meanwhile=la
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         if kind == "named file":
             patch.delattr(os, "O_TMPFILE", raising=False)
-        new = stack.enter_context(atomic_write(path, size=1, folder=kind == "folder", force=force))
+        options = {"folder": kind == "folder", "force": force, "replaceable": is_orbax_target}
+        new = stack.enter_context(atomic_write(path, size=1, **options))
         if kind == "folder":
             (new / "params").mkdir(parents=True)
             (new / "params" / "_METADATA").write_text(text)
@@ -266,3 +268,46 @@ def test_thirty_kills_of_a_conversion_leave_nothing_partial_and_nothing_else(tmp
     assert killed >= 20
     convert.write(target, old, force=True)
     assert os.listdir(target.parent) == [target.name]
+
+
+PAIR = """
+import os, pathlib, signal, sys
+from convert.atomic import atomic_files, data_name
+path, digit, killed = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "killed"
+replace = pathlib.Path.replace
+def replaced(self, target):
+    replace(self, target)
+    if killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+pathlib.Path.replace = replaced
+with atomic_files(path, size=1, force=True) as new:
+    name = data_name(path.name, 8 * digit)
+    (new.parent / name).write_text(digit)
+    new.write_text(name)
+"""
+
+
+def test_a_file_never_meets_the_data_of_another(tmp_path):
+    """Not even if the writer of another is killed when its data are there and the file itself is not."""
+    path = tmp_path / "w.onnx"
+    for digit, how, left in (("a", "", "a"), ("b", "killed", "a"), ("c", "", "c")):
+        done = subprocess.run([sys.executable, "-c", PAIR, path, digit, how], check=False)
+        assert done.returncode == (-signal.SIGKILL if how else 0)
+        assert (tmp_path / path.read_text()).read_text() == left
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["w.onnx", "w.onnx.cccccccc.data"]
+
+
+def test_the_data_of_a_file_outlive_a_failed_replacement_by_the_same(tmp_path, monkeypatch):
+    path = tmp_path / "w.onnx"
+
+    def write():
+        with atomic.atomic_files(path, size=1, force=True) as new:
+            (new.parent / atomic.data_name(path.name, 8 * "a")).write_text("data")
+            new.write_text("file")
+
+    write()
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: replace(self, target) if target != path else None / 0)
+    with pytest.raises(TypeError):
+        write()
+    assert sorted(file.read_text() for file in tmp_path.iterdir()) == ["data", "file"]

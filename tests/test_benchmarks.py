@@ -14,6 +14,7 @@ import packed
 import pytest
 from measure import PYTHONS
 from run import GOALS, judged
+from worker import PROGRAMS
 
 from convert import MixerConfig
 
@@ -33,6 +34,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
     [
         ("forward", {"mixer_jax", "nnx_jit", "linen", "torch_model"}, 1e-5),  # 4.5e-7 measured
         ("train", {"mixer_jax", "mixer_jax_remat", "linen"}, 1e-4),  # 1e-7 measured
+        pytest.param("exported", {"mixer_jax", *PROGRAMS}, 1e-5, marks=pytest.mark.heavy),  # 6e-7 measured
     ],
 )
 def test_all_implementations_agree_and_are_timed(tmp_path, part, names, tolerance):
@@ -164,14 +166,19 @@ def test_the_goals_of_learning_are_judged_by_the_rows_of_its_file():
     assert not any(goal["reached"] for goal in learn.judged("fashion", worse))
 
 
+def test_the_tables_of_exports_are_those_that_a_run_wrote():
+    page = (ROOT / "docs" / "exporting.md").read_text()
+    assert all(table in page for table in chart.tables_of_exports(RESULTS).split("\n\n"))
+
+
 def test_the_tables_of_learning_are_those_that_a_run_wrote():
     page = (ROOT / "docs" / "fine-tuning.md").read_text()
     assert all(table in page for table in chart.tables_of_learning(RESULTS).split("\n\n"))
 
 
-def test_the_table_for_the_readme_has_four_rows_of_relative_times():
+def test_the_table_for_the_readme_has_three_rows_of_relative_times():
     rows = [line.strip("| ").split(" | ")[0] for line in chart.readme_table(RESULTS).splitlines()[2:]]
-    assert rows == ["forward, batch 1 / 8 / 32", "training step, batch 8", "file to first logits", "*goal, where missed*"]
+    assert rows == ["forward, batch 1 / 8 / 32", "training step, batch 8", "file to first logits"]
 
 
 def test_packing_in_its_quick_form_and_the_table_that_a_run_wrote(tmp_path):

@@ -9,7 +9,7 @@ from conftest import TINY
 
 from convert import VARIANTS, Checkpoint, CheckpointError, MixerConfig
 
-# DESIGN: parameters with 1000 classes, at 224 pixels; the last two with ImageNet-21k's 21,843.
+# Parameters with 1000 classes, at 224 pixels; the last two with ImageNet-21k's 21,843.
 PARAMETERS = {
     ("S/32", 1000): 19_104_624,
     ("S/16", 1000): 18_528_264,

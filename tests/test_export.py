@@ -21,8 +21,9 @@ from PIL import Image
 import convert
 from convert import CheckpointError, MixerConfig
 from mixer_jax.commands.export import export
-from mixer_jax.export import formats, onnx_program, proof
+from mixer_jax.export import formats, onnx_program
 from mixer_jax.export.program import ExportOptions
+from mixer_jax.parity import proof
 from mixer_jax.parity.comparison import noise
 from mixer_jax.parity.tolerance import Deviation
 
@@ -81,7 +82,13 @@ def test_options_change_what_goes_in_and_comes_out(ending, source, tmp_path):
 
 @pytest.mark.parametrize(
     ("ending", "dtype", "least", "most"),  # measured: 1.4e-3, 2.0e-3, 2e-16
-    [(".onnx", "float16", 1e-5, 1e-2), (".stablehlo", "bfloat16", 1e-4, 0.1), (".stablehlo", "float64", 0, 1e-14)],
+    [
+        (".onnx", "float16", 1e-5, 1e-2),
+        (".stablehlo", "bfloat16", 1e-4, 0.1),
+        (".stablehlo", "float64", 0, 1e-14),
+        pytest.param(".pt2", "bfloat16", 1e-4, 0.1, marks=pytest.mark.torch),
+        pytest.param(".pt2", "float64", 0, 1e-14, marks=pytest.mark.torch),
+    ],
 )
 def test_a_program_computes_in_its_dtype(ending, dtype, least, most, source, tmp_path):
     done = export(source, tmp_path / f"tiny{ending}", options=ExportOptions(dtype=dtype))
@@ -166,11 +173,17 @@ def freeze_batch(graph):
     shape.raw_data = np.array([1, TINY.hidden_dim, TINY.num_tokens]).tobytes()
 
 
+def overflow(graph):
+    bias = next(tensor for tensor in graph.initializer if tensor.name == "blocks/0/token_mixing/dense_0/bias")
+    bias.raw_data = np.full(bias.dims, np.inf, np.float32).tobytes()
+
+
 FAULTS = {
     "gelu": (set_attribute("Gelu", 2, "approximate", "none"), "block 1, token_mixing, gelu is not that of"),
     "epsilon": (set_attribute("LayerNormalization", 3, "epsilon", 1e-3), "block 1, channel_norm is not that of"),
     "kernel": (transpose_kernel, "block 1, channel_mixing, dense_1 is not that of"),
     "batch": (freeze_batch, "does not compute 7 images, as with a batch frozen inside"),
+    "infinity": (overflow, "there are NaN or infinite logits, which cannot be compared"),
 }
 
 
@@ -223,14 +236,24 @@ MISSING = {
     "onnx": ("export", "tiny.onnx", "writing .onnx needs onnx: pip install 'mixer-jax[onnx]'"),
     "onnxruntime": ("export", "tiny.onnx", "running .onnx needs ONNX Runtime: pip install 'mixer-jax[onnx]'"),
     "torch": ("export", "tiny.pt2", ".pt2 needs PyTorch: pip install 'mixer-jax[torch]'"),
-    "openvino": ("parity", "openvino", "running .onnx by OpenVINO needs it: pip install 'mixer-jax[openvino]'"),
+    "torch in parity": ("parity", ".pt2", ".pt2 needs PyTorch: pip install 'mixer-jax[torch]'"),
+    "openvino": ("parity", ".onnx", "running .onnx by OpenVINO needs it: pip install 'mixer-jax[openvino]'"),
 }
+
+
+def test_a_float64_file_is_exported_in_the_dtype_that_is_asked_for(source, tmp_path):
+    convert.write(tmp_path / "wide.npz", convert.read(source), layout="google", dtype="float64")
+    done = export(tmp_path / "wide.npz", tmp_path / "wide.onnx")
+    assert done.facts.fingerprint == convert.inspect_file(tmp_path / "wide.npz")["fingerprint"]
 
 
 @pytest.mark.parametrize("package", MISSING)
 def test_a_missing_extra_is_named(package, source, exported, tmp_path, capsys, monkeypatch):
     command, target, message = MISSING[package]
-    arguments = ("--a", "numpy", "--b", f"openvino:{exported('.onnx').path}") if command == "parity" else (tmp_path / target,)
+    package, _, _ = package.partition(" ")
+    arguments = [tmp_path / target]
+    if command == "parity":
+        arguments = ["--a", "numpy", "--b", f"{'openvino' if package == 'openvino' else 'pt2'}:{exported(target).path}"]
     monkeypatch.setitem(sys.modules, package, None)
     assert run(capsys, command, source, *arguments, code=1).err == f"error: {message}\n"
     assert not list(tmp_path.iterdir())
@@ -308,13 +331,92 @@ def rewritten(path, folder, name, change):
     return folder / path.name
 
 
-def test_a_stablehlo_file_of_another_jax_names_the_window(exported, tmp_path):
-    def older(content):
-        return json.dumps(json.loads(content) | {"calling_convention_version": 5}).encode()
+def with_fact(name, change):
+    """The facts with one of them, or one in a table such as "config/num_classes", changed."""
 
-    path = rewritten(exported(".stablehlo").path, tmp_path, "facts.json", older)
-    with pytest.raises(CheckpointError, match=r"jax [\d.]+ wrote it with calling convention 5, and this jax [\d.]+ runs 9 to"):
+    def changed(content):
+        facts = json.loads(content)
+        *tables, name_in_table = name.split("/")
+        table = facts[tables[0]] if tables else facts
+        table[name_in_table] = change(table.get(name_in_table))
+        return json.dumps(facts).encode()
+
+    return changed
+
+
+def newer_program(content):
+    """With a higher version of MLIR's bytecode, which its fifth byte tells."""
+    at = content.index(b"ML\xefR") + 4
+    return content[:at] + b"\xff" + content[at + 1 :]
+
+
+DAMAGES = {
+    "another convention": (
+        "facts.json",
+        with_fact("calling_convention_version", lambda _: 5),
+        r"jax [\d.]+ wrote it with calling convention 5, and this jax [\d.]+ runs 9 to",
+    ),
+    "another MLIR": (
+        "program.bin",
+        newer_program,
+        r"jax [\d.]+ wrote its program, and this jax [\d.]+ does not read it: ",
+    ),
+    "cut program": ("program.bin", lambda content: content[:1000], "does not read it: "),
+    "other images": (
+        "facts.json",
+        with_fact("config/image_size", lambda _: [80, 150]),
+        r"its parts are not of one model: images is \(\(8, 15, 3\), 'float32'\) in the program and \(\(80, 150, 3\)",
+    ),
+    "other classes": ("facts.json", with_fact("config/num_classes", lambda _: 6), "5 labels for 6 classes"),
+    "odd labels": ("facts.json", with_fact("labels", lambda _: [1, 2, 3, 4, 5]), "metadata that makes no sense: labels"),
+    "odd preprocessing": ("facts.json", with_fact("preprocessing", lambda _: 5), "metadata that makes no sense: preprocessing"),
+    "no facts": ("facts.json", lambda _: b"[]", "is not a program that mixer_jax exported"),
+    "another version": ("facts.json", with_fact("kind", lambda _: "another"), "is a 'another', and this version reads"),
+    "a flipped bit": ("weights.safetensors", lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], "CRC-32"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_stablehlo_file_that_is_not_as_it_was_written_is_refused(damage, exported, tmp_path):
+    name, change, message = DAMAGES[damage]
+    path = rewritten(exported(".stablehlo").path, tmp_path, name, change)
+    with pytest.raises(CheckpointError, match=message) as error:
         formats.opened(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_a_stablehlo_file_that_calls_something_outside_is_not_run(exported, tmp_path):
+    import jax
+
+    def call_out(content):
+        exported = jax.export.deserialize(bytearray(content))
+        shapes, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        images = jax.ShapeDtypeStruct((2, *shapes[1].shape[1:]), shapes[1].dtype)
+        jax.ffi.register_ffi_target_as_batch_partitionable("evil")
+        target = jax.ffi.ffi_call("evil", jax.ShapeDtypeStruct((2, TINY.num_classes), np.float32))
+        options = {"disabled_checks": [jax.export.DisabledSafetyCheck.custom_call("evil")]}
+        return jax.export.export(jax.jit(lambda weights, images: target(images)), **options)(shapes[0], images).serialize()
+
+    path = rewritten(exported(".stablehlo").path, tmp_path, "program.bin", call_out)
+    with pytest.raises(CheckpointError, match="is not run, since its program calls evil outside of itself"):
+        formats.opened(path)
+
+
+@pytest.mark.parametrize("ending", [".stablehlo", pytest.param(".pt2", marks=pytest.mark.torch)])
+def test_a_compressed_entry_and_a_damaged_byte_are_refused(ending, exported, tmp_path):
+    """The first might be as long as it likes when it is unpacked; the second PyTorch would not notice."""
+    path = exported(ending).path
+    with zipfile.ZipFile(path) as file, zipfile.ZipFile(tmp_path / f"packed{ending}", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in file.namelist():
+            packed.writestr(name, file.read(name))
+    with pytest.raises(CheckpointError, match="is compressed or encrypted, and export writes neither"):
+        formats.opened(tmp_path / f"packed{ending}")
+    content = bytearray(path.read_bytes())
+    kernel = WEIGHTS["MixerBlock_0/token_mixing/Dense_0/bias"].tobytes()
+    content[content.index(kernel) + 5] ^= 1
+    (tmp_path / f"flipped{ending}").write_bytes(content)
+    with pytest.raises(CheckpointError, match="CRC-32"):
+        formats.opened(tmp_path / f"flipped{ending}")
 
 
 # .pt2: a file that could run code is not opened.
@@ -348,6 +450,12 @@ ATTACKS = {
     "pickled inputs": ("sample_inputs/model.pt", evil_pickle, "model.pt is not of plain tensors"),
     "pickled weights": ("weights_config.json", in_program("use_pickle", True), "model.stem.proj.weight is pickled"),
     "operator": ("model.json", in_program("target", "torch.os.system"), "target 'torch.os.system'"),
+    "writes a file": (
+        "model.json",
+        in_program("target", "torch.ops.aten.from_file.default"),
+        "target 'torch.ops.aten.from_file",
+    ),
+    "huge weight": ("weights_config.json", in_program("sizes", [{"as_int": 10**12}]), "weight has more elements than bytes"),
     "symbol": ("model.json", in_program("expr_str", "__import__('os').system('touch evil')"), "expr_str"),
     "guards": ("model.json", in_program("guards_code", ["L['images']"]), "guards_code"),
     "tree": ("model.json", in_program("out_spec", '[1, {"type": "os.system", "context": null}]'), "out_spec"),
@@ -379,16 +487,20 @@ def test_another_file_is_no_program(ending, tmp_path):
         formats.opened(tmp_path / f"none{ending}")
 
 
-# As sides of parity, and somebody else's ONNX.
+# As implementations that parity compares, and somebody else's ONNX.
 
 
-def in_parity(capsys, source, side, code=0):
-    done = run(capsys, "parity", source, "--b", side, code=code)
+def fix_input(graph):
+    graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def in_parity(capsys, source, program, code=0):
+    done = run(capsys, "parity", source, "--b", program, code=code)
     return done.out.splitlines()[0] if done.out else done.err
 
 
 @endings
-def test_an_exported_program_is_a_side_of_parity(ending, source, exported, capsys):
+def test_an_exported_program_is_compared_by_parity(ending, source, exported, capsys):
     text = in_parity(capsys, source, f"{ending[1:]}:{exported(ending).path}")
     assert text.startswith(f"yes: flax:cpu:float32:highest and {ending[1:]}:")
     own = "every operation is within its own" if ending == ".onnx" else "an exported program shows no operation by itself"
@@ -396,19 +508,22 @@ def test_an_exported_program_is_a_side_of_parity(ending, source, exported, capsy
 
 
 @endings
-def test_a_program_of_pixels_is_a_side_of_parity(ending, source, tmp_path, capsys):
+def test_a_program_of_pixels_is_compared_by_parity(ending, source, tmp_path, capsys):
     export(source, out := tmp_path / f"tiny{ending}", options=ExportOptions(uint8=True))
     done = run(capsys, "parity", source, "--a", "numpy", "--b", f"{ending[1:]}:{out}").out
     assert done.startswith(f"yes: numpy and {ending[1:]}:")
     assert "rounded to whole pixels" in done
 
 
-def test_an_onnx_file_run_by_openvino_is_a_side_of_parity(source, exported, tmp_path):
+def test_an_onnx_file_run_by_openvino_is_compared_by_parity(source, exported, tmp_path):
     """Against the NumPy model in a process without JAX, which warns of the processes that OpenVINO starts."""
     path = exported(".onnx").path
     out, _ = process("parity", source, "--a", "numpy", "--b", f"openvino:{path}")
     assert out.startswith("yes: numpy and openvino:")
     theirs = changed(path, tmp_path, FAULTS["epsilon"][0])
+    frozen = changed(path, tmp_path / "frozen", fix_input)
+    _, error = process("parity", source, "--a", "numpy", "--b", f"openvino:{frozen}", code=1)
+    assert error.startswith(f"error: {frozen}: OpenVINO does not compute 2 images, as with a fixed batch: ")
     out, _ = process("parity", source, "--a", "numpy", "--b", f"openvino:{theirs}", code=1)
     assert re.search(r"no: .*the logits differ by .*times the tolerance", out)
 
@@ -426,6 +541,7 @@ def changed(path, folder, change, keep_names=True):
             node.input.extend(names[0])
             node.output.extend(names[1])
         model.graph.output[0].name = new[model.graph.output[0].name]
+    folder.mkdir(exist_ok=True)
     onnx.save(model, folder / "theirs.onnx")
     return folder / "theirs.onnx"
 
@@ -443,15 +559,44 @@ def test_a_fault_in_somebodys_onnx_is_named_by_the_graphs_names_or_its_structure
 
 
 def test_a_frozen_batch_in_somebodys_onnx_is_named(source, exported, tmp_path, capsys):
-    def fix_input(graph):
-        graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-
     for change, message in (
         (freeze_batch, "does not compute 2 images, as with a batch frozen inside"),
         (fix_input, "its batch is fixed at 1, and 2 images were given"),
     ):
         theirs = changed(exported(".onnx").path, tmp_path, change)
         assert f"error: {theirs}: {message}" in in_parity(capsys, source, f"onnx:{theirs}", code=1)
+
+
+def test_an_onnx_file_that_says_too_little_is_refused_by_parity_too(source, exported, tmp_path, capsys):
+    def second_output(graph):
+        graph.output.append(onnx.helper.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, ["b", TINY.hidden_dim]))
+
+    def pixels(graph):
+        graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+        graph.node.insert(0, onnx.helper.make_node("Cast", ["images"], ["floats"], to=onnx.TensorProto.FLOAT))
+        graph.node[1].input[0] = graph.node[2].input[0] = "floats"
+
+    def numbers(graph):
+        pixels(graph)
+        graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+
+    for change, message in (
+        (second_output, "has 1 inputs and 2 outputs, and a Mixer one of each"),
+        (pixels, "takes uint8 pixels, and does not say how it scales them"),
+        (numbers, r"takes a tensor(int64), and images are one of tensor(float), "),
+    ):
+        theirs = changed(exported(".onnx").path, tmp_path, change)
+        assert f"error: {theirs}: {message}" in in_parity(capsys, source, f"onnx:{theirs}", code=1)
+
+
+def test_two_programs_that_scale_pixels_differently_have_no_images_in_common(source, tmp_path, capsys):
+    programs = []
+    for option, preprocessing in (("--a", "squash"), ("--b", "timm:bicubic,center=0.9,mean=0.4,std=0.3")):
+        out = tmp_path / f"{option}.onnx"
+        export(source, out, options=ExportOptions(uint8=True), reading=convert.ReadOptions(preprocessing=preprocessing))
+        programs += [option, f"onnx:{out}"]
+    error = run(capsys, "parity", source, *programs, code=1).err
+    assert error == "error: the two programs scale pixels differently, so no images are whole pixels to both\n"
 
 
 def test_a_graph_that_shows_no_operations_is_compared_by_its_logits(source, exported, tmp_path, capsys):
@@ -485,14 +630,21 @@ def test_what_pytorchs_own_exporter_writes_is_compared_operation_by_operation(so
     assert text.endswith("and every operation is within its own")
 
 
-def test_a_program_that_does_not_fit_is_refused_as_a_side(source, exported, tmp_path, capsys):
+def test_a_program_that_does_not_fit_is_refused_by_parity(source, exported, tmp_path, capsys):
     other = TINY.replace(num_classes=6)
     convert.write(tmp_path / "other.npz", checkpoint(random_weights(other), other), layout="google")
     for ending in (".onnx", ".stablehlo"):
-        side = f"{ending[1:]}:{exported(ending).path}"
-        assert "is of another network: " in in_parity(capsys, tmp_path / "other.npz", side, code=1)
-    export(source, out := tmp_path / "tiny.onnx", options=ExportOptions(softmax=True))
-    assert "gives scores, and the checkpoint logits" in in_parity(capsys, source, f"onnx:{out}", code=1)
+        program = f"{ending[1:]}:{exported(ending).path}"
+        assert "is of another network: " in in_parity(capsys, tmp_path / "other.npz", program, code=1)
+    for options, message in (
+        ({"softmax": True}, "gives scores, and the checkpoint logits: compare an export that gives logits"),
+        (
+            {"features": True},
+            "gives features, and the checkpoint logits: compare an export that gives logits, or a ",
+        ),
+    ):
+        export(source, out := tmp_path / "tiny.onnx", options=ExportOptions(**options), force=True)
+        assert message in in_parity(capsys, source, f"onnx:{out}", code=1)
     assert "none.onnx: no such file" in in_parity(capsys, source, "onnx:none.onnx", code=1)
     assert "onnx runs the program of a file: onnx:FILE" in run(capsys, "parity", source, "--b", "onnx", code=2).err
 
@@ -529,6 +681,17 @@ def test_predict_takes_every_exported_program(ending, source, exported, photogra
     assert best(run(capsys, "predict", exported(ending).path, photograph, "--json").out) == expected
 
 
+@endings
+def test_evaluate_says_of_an_exported_program_what_it_says_of_its_file(ending, source, exported, tmp_path, capsys):
+    for i in range(10):
+        path = tmp_path / "val" / f"class {i % 5}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8)).save(path)
+    said = [json.loads(run(capsys, "evaluate", f, tmp_path / "val", "--json").out) for f in (source, exported(ending).path)]
+    assert said[0] | {"file": ""} == said[1] | {"file": ""}
+    assert said[1]["fingerprint"] == exported(ending).facts.fingerprint
+
+
 def test_predict_takes_pixels_scores_and_features(source, photograph, tmp_path, capsys):
     expected = best(run(capsys, "predict", source, photograph, "--json").out)
     out = tmp_path / "tiny.onnx"
@@ -557,6 +720,21 @@ def published(request, tmp_path_factory):
     path, weights, images = tmp_path_factory.mktemp("published") / "full.npz", random_weights(config), noise(config, 33, 0)
     convert.write(path, checkpoint(weights, config), layout="google")
     return request.param, path, sum(array.nbytes for array in weights.values()), images, of_numpy(weights, images, config)
+
+
+@pytest.mark.heavy
+def test_more_weights_than_a_protobuf_message_holds_are_beside_the_graph(tmp_path):
+    """H/14: 1.7 GB, three minutes."""
+    config = MixerConfig.named("H/14")
+    convert.write(tmp_path / "huge.npz", checkpoint(random_weights(config), config), layout="google")
+    out = tmp_path / "huge" / "huge.onnx"
+    out.parent.mkdir()
+    done = export(tmp_path / "huge.npz", out)
+    graph, data = sorted(out.parent.iterdir())
+    assert (graph, done.proof.operations) == (out, 10 * config.num_blocks + 4)
+    assert graph.stat().st_size < 2**20
+    assert 0 <= data.stat().st_size - 4 * config.num_parameters < 2**20
+    print(f"H/14: {max(error.fraction_of(limit) for error, limit in done.proof.rows.values()):.0%} of the tolerance")
 
 
 @pytest.mark.heavy

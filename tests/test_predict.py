@@ -267,7 +267,7 @@ def test_features_appear_whole_or_not_at_all(model, folder, tmp_path, monkeypatc
     target.parent.mkdir()
     arguments = (model, folder, "--features", target)
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "best_classes", failing)
+        patch.setattr(predict, "_best_scores", failing)
         assert "error: the disk went away" in command(capfd, *arguments, code=1).err
     assert list(target.parent.iterdir()) == []
     command(capfd, *arguments)
@@ -323,7 +323,7 @@ def test_preprocessing_is_the_files_own_unless_another_is_given(model, tmp_path,
     assert best_classes(capfd, model, tmp_path / "split.png", "--preprocess", "squash") == {"split": "blue"}
     np.savez(tmp_path / "reference.npz", **convert.read(model).to("reference").as_numpy())
     err = command(capfd, tmp_path / "reference.npz", tmp_path / "split.png", code=1).err
-    assert "the file names no preprocessing: choose one with --preprocess, of resmall_crop, resize_crop, squash" in err
+    assert "names no preprocessing: choose one with --preprocess, of resmall_crop, resize_crop, squash" in err
 
 
 def test_images_are_rotated_by_exif_unless_it_is_ignored(model, tmp_path, monkeypatch, capfd):

@@ -341,16 +341,30 @@ def test_the_weights_of_a_run_bring_its_results(trained, tmp_path):
     card = (tmp_path / "last" / "README.md").read_text()
     assert "- step 3: 90.00 % of 10 validation images right (9)\n" in card
     assert "test images" not in card
+    metrics = (trained / METRICS).read_text()
+    (trained / METRICS).write_text(metrics + '\n{"best_step": 1, "validation_images": 3}\n')
+    with pytest.raises(
+        CheckpointError, match=r"its config.json or metrics.jsonl is damaged \(KeyError: 'validation_correct'\)"
+    ):
+        publish(trained / "best", tmp_path / "best", force=True)
+    (trained / METRICS).write_text(metrics)
     (trained / CONFIG).write_text('{"kind": "another"}')
     publish(trained / "best", tmp_path / "best", force=True)
     assert "## Training" not in (tmp_path / "best" / "README.md").read_text()
 
 
-def evaluated(classes=7, preprocessing="timm_bicubic", **changes):
-    true, best = np.array([0, 1, classes - 1]), np.array([[0, 1, 2, 3, 4], [1, 0, 2, 3, 4], [0, 1, 2, 3, 4]])
-    names = [f"class {i}" for i in range(classes)]
+def evaluated(preprocessing="timm_bicubic", **changes):
+    true, best = np.array([0, 1, 6]), np.array([[0, 1, 2, 3, 4], [1, 0, 2, 3, 4], [0, 1, 2, 3, 4]])
+    names = [f"class {i}" for i in range(7)]
     result = Evaluation(names, preprocessing, "label", true, best, {"a.jpg": "cannot be read"})
-    return {"file": "run/best", "folder": "pets/val", "published": []} | result.as_dict() | changes
+    weights = checkpoint()
+    about = {
+        "file": "run/best",
+        "fingerprint": fingerprint(weights.arrays, weights.layout),
+        "folder": "pets/val",
+        "published": [],
+    }
+    return about | result.as_dict() | changes
 
 
 def test_an_evaluation_is_a_table_of_the_card(source, tmp_path):
@@ -359,7 +373,7 @@ def test_an_evaluation_is_a_table_of_the_card(source, tmp_path):
     card = (tmp_path / "small" / "README.md").read_text()
     assert "Of `best` on `val`, folders matched to classes by label, preprocessing `timm_bicubic`:\n" in card
     assert "| top-1 | 66.67 % | 20.77 to 93.85 % | 2 of 3 |\n| top-5 |" in card
-    assert "1 images could not be read" in card
+    assert "1 image could not be read" in card
     assert "may differ" not in card
     (tmp_path / "e.json").write_text(json.dumps(evaluated(preprocessing="squash")))
     publish(source(), tmp_path / "small", evaluation=tmp_path / "e.json", force=True)
@@ -371,11 +385,11 @@ def test_an_evaluation_is_a_table_of_the_card(source, tmp_path):
 EVALUATIONS = {
     "not what `evaluate --json` printed \\(TypeError": [],
     "not what `evaluate --json` printed \\(KeyError: 'top1'\\): python -m mixer_jax evaluate FILE FOLDER --json > e.json": {
-        "a": 1
+        "fingerprint": ""
     },
     "not what `evaluate --json` printed \\(ValueError": evaluated(top1={**evaluated()["top1"], "accuracy": "high"}),
     "is not JSON": "{",
-    "of another model: it has a class 8, and the weights have 7 classes": evaluated(9),
+    "of weights with the fingerprint 0123456789abcdef, and these have ": evaluated(fingerprint="0123456789abcdef"),
 }
 
 
@@ -414,7 +428,7 @@ def test_a_folder_is_uploaded_as_one_commit(hub, source, tmp_path, capsys):
     hub.upload_folder.side_effect = upload
     out = run(capsys, "publish", source(), tmp_path / "small", "--push", "me/small").out
     assert out.endswith("uploaded: https://hub/me/small, hf:me/small for load, hf-hub:me/small for timm\n")
-    assert [call[0] for call in hub.method_calls] == ["file_exists", "create_repo", "upload_folder"]
+    assert [call[0] for call in hub.method_calls] == [*["file_exists"] * 3, "create_repo", "upload_folder"]
     assert hub.upload_folder.call_args.kwargs["repo_id"] == "me/small"
     assert sorted(hub.upload_folder.call_args.kwargs["allow_patterns"]) == FOLDER
     card = (tmp_path / "small" / "README.md").read_text()
@@ -422,9 +436,9 @@ def test_a_folder_is_uploaded_as_one_commit(hub, source, tmp_path, capsys):
     assert 'mixer_jax.load("hf:me/small")' in card
 
 
-def test_weights_in_a_repository_are_replaced_only_with_force(hub, source, tmp_path):
-    hub.file_exists.return_value = True
-    with pytest.raises(CheckpointError, match=r"hf:me/small: has a model.safetensors already \(replace it with --force"):
+def test_what_is_in_a_repository_is_replaced_only_with_force(hub, source, tmp_path):
+    hub.file_exists.side_effect = lambda repository, name: name == "README.md"  # beside somebody's pytorch_model.bin
+    with pytest.raises(CheckpointError, match=r"hf:me/small: has README.md already \(replace with --force"):
         publish(source(), tmp_path / "small", push_to="me/small")
     assert left_in(tmp_path) == ["source"]
     assert publish(source(), tmp_path / "small", push_to="me/small", force=True).address == "https://hub/me/small"

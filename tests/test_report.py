@@ -382,7 +382,7 @@ def test_images_are_preprocessed_as_the_file_says(command, tmp_path):
     silent = file(tmp_path / "silent.npz", random_weights(TINY), preprocessing=None)
     (folder / "blue.png").unlink()
     error = command(silent, *arguments, code=1)
-    assert "silent.npz: does not name its preprocessing: use --preprocess, one of resmall_crop, " in error
+    assert "silent.npz: names no preprocessing: choose one with --preprocess, of resmall_crop, " in error
 
 
 def test_files_of_other_preprocessing_see_their_own_pixels(command, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Arrays, as_bytes, contiguous_parts
-from ..byte_ranges import ByteRange, OpenFile, lazy_array
+from ..byte_ranges import ByteRange, OpenFile, Window, lazy_array
 from ..dtypes import as_dtype
 from ..errors import CheckpointError
 from . import OUR_KEY, SIGNATURE, Content, is_ours
@@ -27,7 +27,11 @@ LONGEST_HEADER = 100_000_000  # the library's own limit
 
 
 def read(path: Path) -> Content:
-    file = OpenFile(path)
+    return read_open(OpenFile(path))
+
+
+def read_open(file: OpenFile | Window) -> Content:
+    """Of an open file, or a part of one."""
     (length,) = struct.unpack("<Q", file.read(0, 8))
     if length > min(LONGEST_HEADER, file.size - 8):
         raise CheckpointError(f"truncated or damaged: a header of {length} bytes in a file of {file.size}")

@@ -25,7 +25,7 @@ from ..labels import IMAGENETS, Labels, class_names, imagenet_synsets
 from ..pictures.confusion import draw_confusion
 from ..pictures.files import check_path, require_matplotlib, save
 from ..preprocess import preprocessing_name
-from ..sharding.processes import all_or_none, is_first, require_same
+from ..sharding.processes import all_or_none, is_first, require_equal_everywhere
 from ..sharding.replicas import run_on_rows
 from .model_options import ModelOptions
 from .real_labels import real_labels, require_imagenet
@@ -145,13 +145,14 @@ def run(
         if real:
             real_labels(real, listed)
         model = options.load()
-    require_same("list of images", summary_of(listed))
+    require_equal_everywhere("list of images", summary_of(listed))
     evaluation = evaluate(model, folder, real=real, **options.running())
     for path, error in evaluation.unreadable.items() if is_first() else ():
         print(f"{path}: {error}", file=sys.stderr)
     published = published_accuracy(options.source, model.config, evaluation.matched_by)
     if as_json:
-        print(json.dumps({"file": options.source, "folder": folder, "published": published} | evaluation.as_dict()))
+        about = {"file": options.source, "fingerprint": options.fingerprint(model), "folder": folder, "published": published}
+        print(json.dumps(about | evaluation.as_dict()))
     else:
         print("\n".join(_text(evaluation) + published))
     with all_or_none():

@@ -3,7 +3,7 @@
 __all__ = ["Exported", "export"]
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert import CheckpointError, ReadOptions, read
@@ -12,7 +12,7 @@ from convert.dtypes import weights_dtype
 
 from ..export.formats import format_of
 from ..export.program import ExportOptions, Facts
-from ..export.proof import Proof, prove
+from ..parity.proof import Proof, prove
 from ..parity.report import as_lines
 
 PLAIN = ExportOptions()
@@ -50,8 +50,9 @@ def export(
     out = Path(out)
     format = format_of(out)
     check_writable(out, force=force)
-    checkpoint = read(source, reading)
-    size = int(1.05 * checkpoint.num_parameters * weights_dtype(options.dtype).itemsize) + 2**20
+    checkpoint = read(source, replace(reading, allow_float64=True))
+    copies = 2 if out.suffix == ".stablehlo" else 1  # its weights are written before they are zipped
+    size = int(1.05 * copies * checkpoint.num_parameters * weights_dtype(options.dtype).itemsize) + 2**20
     with atomic_files(out, size=size, force=force) as new:
         try:
             format.write(new, checkpoint, options)
@@ -59,5 +60,7 @@ def export(
             proof = prove(program, checkpoint)
         except CheckpointError as error:
             raise CheckpointError(f"{str(error).replace(str(new), str(out))}; nothing was written") from None
+        except OSError as error:
+            raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}; nothing was written") from None
         num_bytes = sum(file.stat().st_size for file in new.parent.iterdir())
     return Exported(out, num_bytes, program.facts, proof)

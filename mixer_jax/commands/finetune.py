@@ -13,12 +13,12 @@ from typing import Any
 from convert import Checkpoint, CheckpointError, MixerConfig, ReadOptions, read
 from convert.formats.orbax import silent_log
 from convert.identity import fingerprint
-from convert.preprocessing import PREPROCESSING_NAMES
+from convert.preprocessing import unknown_preprocessing
 
 from ..preprocess import ImageError, preprocessing_of
-from ..sharding.processes import all_or_none, is_first, require_same, versions
+from ..sharding.processes import all_or_none, is_first, require_equal_everywhere, versions
 from ..training.config import FinetuneConfig
-from ..training.data import Dataset, Splits, open_dataset
+from ..training.data import Dataset, Splits, grain, open_dataset
 from ..training.freezing import trainable
 from ..training.sources import read_parts
 
@@ -51,12 +51,13 @@ def finetune(
     All devices are used, on the `mesh` of `sharding.placement.mesh_of` and as `Placement` says; a run goes on on any others. Of
     several processes all call this, and the first writes the folder.
 
-    Raises CheckpointError for data, weights or a folder that do not fit, and where the loss is not finite; `loop.Interrupted`
-    after SIGTERM or Ctrl-C, with the state saved.
+    Raises CheckpointError for data, weights or a folder that do not fit, and where the loss is not finite; ImportError without
+    the packages of the extra `train`; `loop.Interrupted` after SIGTERM or Ctrl-C, with the state saved.
     """
     from ..training.loop import Trainer
     from ..training.run_folder import FollowedRun, RunFolder, require_run_or_new
 
+    grain()
     config = config or FinetuneConfig()
     if (checkpoint is None) == (from_scratch is None):
         raise CheckpointError("give a checkpoint, or with from_scratch a variant to begin with random weights, not both")
@@ -71,7 +72,7 @@ def finetune(
             raise CheckpointError(str(error)) from None
         settings = _settings(config, model, splits, weights)
     for what, values in ({"versions": versions()} | settings).items():
-        require_same(what, values)
+        require_equal_everywhere(what, values)
     try:
         with all_or_none():
             opened = RunFolder(run, settings, splits, resume=resume) if is_first() else FollowedRun(run)
@@ -191,8 +192,7 @@ def _training_preprocessing(checkpoint: Checkpoint, *, explicit: bool) -> str:
     """Officially the whole image is resized, without a crop; where the range of the pixels is another, the checkpoint's own."""
     own = checkpoint.metadata.preprocessing
     if own is None:
-        names = ", ".join(PREPROCESSING_NAMES)
-        raise CheckpointError(f"{checkpoint.source}: names no preprocessing: choose one with --preprocess, of {names}")
+        raise unknown_preprocessing(checkpoint.source)
     return own if explicit or preprocessing_of(own).limits != (-1.0, 1.0) else "squash"
 
 

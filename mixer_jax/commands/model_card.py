@@ -1,6 +1,6 @@
 """The model card of a published folder: README.md with the hub's front matter, from facts alone."""
 
-__all__ = ["Facts", "evaluation_lines", "model_card", "run_lines"]
+__all__ = ["CardFacts", "evaluation_lines", "model_card", "run_lines"]
 
 import json
 import os
@@ -21,7 +21,7 @@ WEIGHTS_OF_RUN = ("best", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class CardFacts:
     """What a card says. `tree` is the content of config.json, `name` that of the repository if `pushed`, else of the folder.
 
     `gap` has the largest difference that the exact GELU makes, and the standard deviation of the outputs.
@@ -43,7 +43,7 @@ class Facts:
     evaluation: list[str]
 
 
-def model_card(facts: Facts) -> str:
+def model_card(facts: CardFacts) -> str:
     config = facts.config
     task = "image-classification" if config.num_classes else "image-feature-extraction"
     front = ["library_name: timm", f"pipeline_tag: {task}", "tags:", *(f"- {t}" for t in (task, "timm", "transformers"))]
@@ -58,6 +58,7 @@ def model_card(facts: Facts) -> str:
         "licence": facts.licence or "not stated",
         "fingerprint": f"`{facts.fingerprint}`, the same in every layout and format of these weights",
     }
+    measured = {"Training": facts.training, "Evaluation": facts.evaluation}
     parts = [
         "\n".join(["---", *front, "---"]),
         f"# {_plain(facts.name)}",
@@ -66,16 +67,12 @@ def model_card(facts: Facts) -> str:
         "## Use\n\n" + _usage(facts),
         "## Numerics\n\n" + _numerics(facts),
         "## Preprocessing\n\n" + _preprocessing(facts),
-        *(f"## {title}\n\n" + "\n".join(lines) for title, lines in _measured(facts).items() if lines),
+        *(f"## {title}\n\n" + "\n".join(lines) for title, lines in measured.items() if lines),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _measured(facts: Facts) -> dict[str, list[str]]:
-    return {"Training": facts.training, "Evaluation": facts.evaluation}
-
-
-def _usage(facts: Facts) -> str:
+def _usage(facts: CardFacts) -> str:
     """A block of Python for each of timm, transformers and mixer_jax."""
     name, auto = json.dumps(facts.name), "AutoModelForImageClassification" if facts.config.num_classes else "AutoModel"
     for_timm, ours = (json.dumps(f"{p}{facts.name}" if facts.pushed else facts.name) for p in ("hf-hub:", "hf:"))
@@ -97,7 +94,7 @@ def _usage(facts: Facts) -> str:
     return "\n\n".join("\n".join(["```python", *block, "```"]) for block in blocks)
 
 
-def _numerics(facts: Facts) -> str:
+def _numerics(facts: CardFacts) -> str:
     config = facts.config
     text = f"{config.gelu} GELU, LayerNorm epsilon {config.layer_norm_epsilon:g}."
     if facts.gap is None:
@@ -111,7 +108,7 @@ def _numerics(facts: Facts) -> str:
     )
 
 
-def _preprocessing(facts: Facts) -> str:
+def _preprocessing(facts: CardFacts) -> str:
     cfg = facts.tree["pretrained_cfg"]
     mean, std = (", ".join(f"{value:g}" for value in cfg[name]) for name in ("mean", "std"))
     text = (
@@ -136,7 +133,14 @@ def run_lines(weights: Path) -> list[str]:
     settings = _parsed(run / CONFIG)
     if not isinstance(settings, dict) or settings.get("kind") != KIND:
         return []
-    rows = [json.loads(line) for line in (run / METRICS).read_text("utf-8").splitlines() if line.endswith("}")]
+    try:
+        rows = [json.loads(line) for line in (run / METRICS).read_text("utf-8").splitlines() if line.endswith("}")]
+        return _lines_of_run(weights.name, settings, rows)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{run}: its {CONFIG} or {METRICS} is damaged ({type(error).__name__}: {error})") from None
+
+
+def _lines_of_run(name: str, settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     scored = [row for row in rows if "validation_images" in row]
     end: dict[str, Any] = next((row for row in rows if "best_step" in row), {})
     lines = ["Fine-tuned by `python -m mixer_jax finetune`:", ""]
@@ -147,13 +151,13 @@ def run_lines(weights: Path) -> list[str]:
 
     if scored:
         signs = {"validation_correct": 1, "validation_loss": -1, "step": -1}  # as the run chose its best
-        best = max(scored, key=lambda row: [sign * row[name] for name, sign in signs.items()])
-        row = best if weights.name == "best" else scored[-1]
+        best = max(scored, key=lambda row: [sign * row[key] for key, sign in signs.items()])
+        row = best if name == "best" else scored[-1]
         add(f"step {row['step']}", "validation", row)
-    if "test_images" in end and weights.name == "best":
+    if "test_images" in end and name == "best":
         add("once, at the end", "test", end)
-    data = {name: part["images"] for name, part in settings["data"].items()}
-    lines.append("- images: " + ", ".join(f"{count:,} for {name}" for name, count in data.items()))
+    data = {part: about["images"] for part, about in settings["data"].items()}
+    lines.append("- images: " + ", ".join(f"{count:,} for {part}" for part, count in data.items()))
     began = _plain(settings["model"]["weights"])  # "random, S/32", or a fingerprint
     scratch = began.startswith("random, ")
     lines.append(f"- began from {began.replace(',', ' weights of', 1) if scratch else f'weights of fingerprint `{began}`'}")
@@ -161,13 +165,14 @@ def run_lines(weights: Path) -> list[str]:
     return lines
 
 
-def evaluation_lines(path: str | os.PathLike[str], checkpoint: Checkpoint) -> list[str]:
-    """What `evaluate --json` printed into a file. Raises CheckpointError for another file and for another model's classes."""
+def evaluation_lines(path: str | os.PathLike[str], checkpoint: Checkpoint, fingerprint: str) -> list[str]:
+    """What `evaluate --json` printed into a file. Raises CheckpointError for another file and for that of other weights."""
     file = Path(path)
     if file.is_file() and file.stat().st_size > LARGEST:
         raise CheckpointError(f"{path}: larger than {LARGEST >> 20} MiB, so not what `evaluate --json` printed")
-    tree, classes = _parsed(file), checkpoint.config.num_classes
+    tree = _parsed(file)
     try:
+        identity = tree["fingerprint"]
         keys = {"top-1": "top1", "top-5": "top5", "ReaL": "real"}
         figures = {name: astuple(Accuracy(**tree[key])) for name, key in keys.items() if tree[key]}
         rows = [
@@ -175,7 +180,6 @@ def evaluation_lines(path: str | os.PathLike[str], checkpoint: Checkpoint) -> li
             for name, (correct, images, accuracy, low, high) in figures.items()
         ]
         used, matched = _plain(tree["preprocessing"]), _plain(tree["matched_by"])
-        most = max(int(row["index"]) for row in tree["by_class"])
         unreadable = int(tree["unreadable"])
         where = f"`{_plain(Path(tree['file']).name)}` on `{_plain(Path(tree['folder']).name)}`"
     except (KeyError, TypeError, ValueError) as error:
@@ -183,8 +187,8 @@ def evaluation_lines(path: str | os.PathLike[str], checkpoint: Checkpoint) -> li
             f"{path}: not what `evaluate --json` printed ({type(error).__name__}: {error}): python -m mixer_jax evaluate FILE "
             f"FOLDER --json > {file.name}"
         ) from None
-    if most >= classes:
-        raise CheckpointError(f"{path}: of another model: it has a class {most}, and the weights have {classes} classes")
+    if identity != fingerprint:
+        raise CheckpointError(f"{path}: of weights with the fingerprint {_plain(identity)}, and these have {fingerprint}")
     lines = [f"Of {where}, folders matched to classes by {matched}, preprocessing `{used}`:", ""]
     lines += ["| | accuracy | 95 % interval | images |", "| --- | --- | --- | --- |", *rows]
     if used != checkpoint.metadata.preprocessing:
@@ -193,7 +197,7 @@ def evaluation_lines(path: str | os.PathLike[str], checkpoint: Checkpoint) -> li
             f"This folder has the preprocessing `{checkpoint.metadata.preprocessing}`, with which the figures may differ.",
         ]
     if unreadable:
-        lines += ["", f"{unreadable} images could not be read and count neither way."]
+        lines += ["", f"{unreadable} image{'s' * (unreadable != 1)} could not be read and count neither way."]
     return lines
 
 

@@ -2,15 +2,16 @@
 
 __all__ = ["ModelOptions"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert import CheckpointError, ReadOptions, read
+from convert.identity import fingerprint
 from convert.labels import read_labels
-from convert.preprocessing import PREPROCESSING_NAMES
+from convert.preprocessing import unknown_preprocessing
 
 from ..export.formats import is_exported, opened
 from ..export.program import Program
@@ -40,9 +41,7 @@ class ModelOptions:
         if channels not in (1, 3):
             raise CheckpointError(f"{self.source}: the model takes {channels} channels, and images have 3 or 1")
         if checkpoint.metadata.preprocessing is None:
-            names = ", ".join(PREPROCESSING_NAMES)
-            why = checkpoint.origins.get("preprocessing", "the file names no preprocessing")
-            raise CheckpointError(f"{self.source}: {why}: choose one with --preprocess, of {names}")
+            raise unknown_preprocessing(self.source, checkpoint.origins.get("preprocessing"))
         if self.labels is not None and classes:
             checkpoint = checkpoint.with_metadata(labels=read_labels(self.labels, classes))
         if self.implementation == "torch":
@@ -65,10 +64,15 @@ class ModelOptions:
             changes["labels"] = tuple(read_labels(self.labels, program.config.num_classes))
         program = program.with_facts(**changes)
         if program.preprocessing is None:
-            raise CheckpointError(
-                f"{self.source}: names no preprocessing: choose one with --preprocess, of {', '.join(PREPROCESSING_NAMES)}"
-            )
+            raise unknown_preprocessing(self.source)
         return program
+
+    def fingerprint(self, model: Any) -> str:
+        """Of the weights as they are in the file of `model`, which `load` gave."""
+        if isinstance(model, Program):
+            return model.facts.fingerprint
+        checkpoint = read(self.source, replace(self.reading, dtype=None, allow_float64=True))
+        return fingerprint(checkpoint.arrays, checkpoint.layout)
 
     def running(self) -> dict[str, Any]:
         """The keywords that `predict` and `evaluate` have in common."""

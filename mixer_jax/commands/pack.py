@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from convert import CheckpointError
-from convert.atomic import atomic_write
+from convert.atomic import atomic_write, write_bytes
 
 from ..images import cores, decode_ahead
 from ..preprocess import ImageError
@@ -175,8 +175,7 @@ def _begin(out: Path, header: dict[str, Any], datasets: dict[str, Dataset]) -> N
         rows = io.BytesIO()
         np.save(rows, table, allow_pickle=False)
         for name, content in zip(table_names(part), (rows.getvalue(), b"".join(names))):
-            with atomic_write(out / name, size=len(content), force=True) as temporary:
-                temporary.write_bytes(content)
+            write_bytes(out / name, content, force=True)
     _write_json(out / BEGUN, header)
 
 
@@ -300,6 +299,4 @@ def _with_files(out: Path, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    content = (json.dumps(value, indent=1) + "\n").encode()
-    with atomic_write(path, size=len(content), force=True) as temporary:
-        temporary.write_bytes(content)
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode(), force=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from convert import Checkpoint, CheckpointError, ReadOptions, read
-from convert.atomic import atomic_write, check_writable
-from convert.preprocessing import PREPROCESSING_NAMES
+from convert.atomic import check_writable, write_bytes
+from convert.preprocessing import unknown_preprocessing
 
+from ..export.program import Facts
 from ..images import require_images
 from ..parity.comparison import noise
 from ..parity.html import as_html
@@ -44,7 +45,7 @@ def parity(
     """Compare `a` on a file with `b` on `other`, or on the same file; `a` and `b` may be written as "torch:gpu:bfloat16".
 
     The input is `images`, preprocessed as each file's metadata or `reading` names it, or else `count` images of noise, of whole
-    pixels where a side is a program that takes these.
+    pixels where `a` or `b` is a program that takes these.
     `explain`, `exact` (float64 only) and `predict_devices` add parts to the report; `html` is a page to write. The Flax model
     computes on a `mesh` such as "data=2,model=4", where it is given; of several processes all call this.
     """
@@ -61,11 +62,10 @@ def parity(
         images_are = images_are if images_are == images_b_are else f"{images_are}; for b {images_b_are}"
     else:
         pixels, pixels_b, images_are = noise(checkpoint.config, count, seed), None, f"of seeded noise, seed {seed}"
-    for facts in (facts_of(side.name, side.path) for side in (a, b) if side.path is not None):
-        if facts is not None and facts.options.uint8:
-            pixels = facts.scaled(facts.pixels(pixels))
-            pixels_b = None if pixels_b is None else facts.scaled(facts.pixels(pixels_b))
-            images_are = f"{images_are}, rounded to whole pixels"
+    if (program := _of_pixels(a, b)) is not None:
+        pixels = program.scaled(program.pixels(pixels))
+        pixels_b = None if pixels_b is None else program.scaled(program.pixels(pixels_b))
+        images_are = f"{images_are}, rounded to whole pixels"
     report = parity_report(
         checkpoint,
         pixels,
@@ -79,14 +79,17 @@ def parity(
         extras=[name for name, wanted in zip(EXTRAS, (explain, exact, predict_devices)) if wanted],
     )
     if html and is_first():
-        write_page(html, as_html(report), force=force)
+        write_bytes(html, as_html(report).encode(), force=force)
     return report
 
 
-def write_page(path: Path, text: str, *, force: bool) -> None:
-    data = text.encode()
-    with atomic_write(path, size=len(data), force=force) as temporary:
-        temporary.write_bytes(data)
+def _of_pixels(*implementations: Implementation) -> Facts | None:
+    """Of those that are programs of uint8 pixels, what the first says. Raises CheckpointError if they scale differently."""
+    programs = [facts_of(each.name, each.path) for each in implementations if each.path is not None]
+    of_pixels = [facts for facts in programs if facts is not None and facts.options.uint8]
+    if len({str(facts.scaling()) for facts in of_pixels}) > 1:
+        raise CheckpointError("the two programs scale pixels differently, so no images are whole pixels to both")
+    return of_pixels[0] if of_pixels else None
 
 
 def implementation_of(implementation: Implementation | str, *, exact: bool) -> Implementation:
@@ -102,9 +105,9 @@ def _preprocessed(paths: Sequence[str], checkpoint: Checkpoint) -> tuple[np.ndar
     """The images as the checkpoint takes them, and how they were preprocessed."""
     from ..preprocess import ImageError, prepare
 
-    preprocessing, names = checkpoint.metadata.preprocessing, ", ".join(PREPROCESSING_NAMES)
+    preprocessing = checkpoint.metadata.preprocessing
     if preprocessing is None:
-        raise CheckpointError(f"{checkpoint.source}: does not name its preprocessing: use --preprocess, one of {names}")
+        raise unknown_preprocessing(checkpoint.source)
     images = []
     for path in paths:
         try:

@@ -176,13 +176,11 @@ def _add_publish(commands: Subparsers) -> None:
     command = _command(commands, "publish", "a folder that timm, transformers and load open, for the hub", example=example)
     command.add_argument("source", metavar="FILE", help="a checkpoint; best of a run brings the run's results into the card")
     command.add_argument("folder", metavar="FOLDER", help="folder to write: model.safetensors, config.json and README.md")
-    command.add_argument("--licence", metavar="ID", help="the hub's identifier of the licence, such as apache-2.0")
+    command.add_argument("--licence", "--license", metavar="ID", help="the hub's identifier of the licence, such as apache-2.0")
     command.add_argument("--evaluation", metavar="evaluate.json", help="put what evaluate --json printed into the card")
     command.add_argument("--labels", metavar="FILE", help="names of the classes, one a line")
     command.add_argument("--push", metavar="owner/name", help="upload to this repository; nothing is uploaded without")
-    command.add_argument(
-        "--force", action="store_true", help="replace an older FOLDER, and with --push the repository's weights"
-    )
+    command.add_argument("--force", action="store_true", help="replace an older FOLDER, and with --push the repository's files")
     add_reading_options(command)
 
 

@@ -22,7 +22,7 @@ from ..export.program import Program
 from ..images import NONE_LISTED, ImageResult, find_images, missing, summary_of
 from ..labels import Labels, class_names
 from ..preprocess import preprocessing_name, preprocessing_of
-from ..sharding.processes import all_or_none, is_first, require_same
+from ..sharding.processes import all_or_none, is_first, require_equal_everywhere
 from ..sharding.replicas import run_on_rows
 from .model_options import ModelOptions
 
@@ -72,7 +72,7 @@ def predict(
     def prediction(result: ImageResult) -> Prediction:
         if result.error is not None:
             return Prediction(result.path, error=result.error)
-        best = best_classes(result.logits[0], top, labels) if model.config.num_classes else ()
+        best = _best_scores(result.logits[0], top, labels) if model.config.num_classes else ()
         return Prediction(result.path, best, result.features[0])
 
     return map(prediction, results)
@@ -86,7 +86,7 @@ def _results(
     return itertools.chain(run_on_rows(model, paths, preprocessings, **options), empty)
 
 
-def best_classes(logits: np.ndarray, top: int, labels: Labels | None) -> tuple[ClassScore, ...]:
+def _best_scores(logits: np.ndarray, top: int, labels: Labels | None) -> tuple[ClassScore, ...]:
     """Best first; of equal ones the lower index."""
     values = logits.astype(np.float64)
     scores = np.exp(values - values.max())
@@ -130,7 +130,7 @@ def run(
             raise CheckpointError(f"{options.source}: gives {model.facts.output}: export a program with --features for these")
         preprocessings = [preprocessing_name(model, name) for name in ([None, against] if against else [None])]
         report = Report(preprocessings, class_names(classes, model.labels), top or 5, as_json)
-    require_same("list of images", summary_of(paths))
+    require_equal_everywhere("list of images", summary_of(paths))
     results, shape = _results(model, paths, preprocessings, **options.running()), (len(paths), model.config.hidden_dim)
     hidden, writes = None if is_first() else True, features and is_first()
     with _npy_file(features, shape, force) if features and writes else contextlib.nullcontext() as file:
@@ -157,7 +157,7 @@ class Report:
         self.images = self.changed = 0
 
     def add(self, result: ImageResult) -> None:
-        tops = [best_classes(logits, self.top, self.labels) for logits in result.logits]
+        tops = [_best_scores(logits, self.top, self.labels) for logits in result.logits]
         as_dicts = [[asdict(score) for score in top] for top in tops]
         self.images += 1
         if len(tops) == 1:

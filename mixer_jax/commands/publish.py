@@ -22,7 +22,7 @@ from convert.published import HUB
 
 from ..labels import IMAGENETS
 from ..parity.numpy_model import forward
-from .model_card import Facts, evaluation_lines, model_card, run_lines
+from .model_card import CardFacts, evaluation_lines, model_card, run_lines
 
 Source = str | os.PathLike[str]
 TANH = 'act_layer=partial(nn.GELU, approximate="tanh")'
@@ -74,7 +74,7 @@ def publish(
     results in the card. The preprocessing must be one of timm's: `reading` can choose it. `force` replaces an older such
     folder, and the weights in `push_to`, which is "owner/name" and made if there is none.
 
-    Raises CheckpointError, before anything is written, for all that timm's Mixers and transforms cannot be told.
+    Raises CheckpointError, before anything is written, for what timm's config cannot express.
     """
     path = Path(folder)
     if licence is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,59}", licence):
@@ -86,10 +86,11 @@ def publish(
     if labels is not None:
         checkpoint = checkpoint.with_metadata(labels=read_labels(labels, checkpoint.sizes["num_classes"]))
     licence = licence.lower() if licence else None
+    identity = fingerprint(checkpoint.arrays, checkpoint.layout)
     tree = hub_config(checkpoint, licence=licence)
-    own = read(source, replace(reading, preprocessing=None)).metadata.preprocessing if reading.preprocessing else None
+    own = _own_preprocessing(source, reading) if reading.preprocessing else None
     gap = gelu_gap(checkpoint) if checkpoint.metadata.gelu == "tanh" else None
-    facts = Facts(
+    facts = CardFacts(
         name=push_to or path.name,
         pushed=push_to is not None,
         config=checkpoint.config,
@@ -97,17 +98,25 @@ def publish(
         licence=licence,
         parameters=checkpoint.num_parameters,
         dtype=checkpoint.dtype.name,
-        fingerprint=fingerprint(checkpoint.arrays, checkpoint.layout),
+        fingerprint=identity,
         gap=None if gap is None else (gap.max_abs, gap.std),
         preprocessing=str(checkpoint.metadata.preprocessing),
         replaced_preprocessing=own if own != checkpoint.metadata.preprocessing else None,
         training=run_lines(Path(checkpoint.source)),
-        evaluation=evaluation_lines(evaluation, checkpoint) if evaluation is not None else [],
+        evaluation=evaluation_lines(evaluation, checkpoint, identity) if evaluation is not None else [],
     )
     write_hub_folder(path, checkpoint, card=model_card(facts), licence=licence, force=force)
     address = push(path, push_to) if push_to is not None else None
     what = tree["architecture"], facts.parameters, facts.dtype, facts.fingerprint
     return Publication(str(path), *what, gap, _notes(checkpoint, gap, licence), address)
+
+
+def _own_preprocessing(source: Source, reading: ReadOptions) -> str | None:
+    """That which the file names; None where it names none, or one that is not understood."""
+    try:
+        return read(source, replace(reading, preprocessing=None)).metadata.preprocessing
+    except CheckpointError:
+        return None
 
 
 def gelu_gap(checkpoint: Checkpoint) -> GeluGap:

@@ -117,8 +117,7 @@ def graph_of(checkpoint: Checkpoint, facts: Facts) -> GraphProto:
     images = helper.make_tensor_value_info(
         "images", tensor_type(facts.input_dtype), ["b", config.in_channels, *config.image_size]
     )
-    width = config.hidden_dim if options.features else config.num_classes
-    output = helper.make_tensor_value_info(result, tensor_type(wide(options.dtype)), ["b", width])
+    output = helper.make_tensor_value_info(result, tensor_type(wide(options.dtype)), ["b", facts.output_width])
     return helper.make_graph(nodes.nodes, "mixer", [images], [output], [*tensors, *nodes.constants])
 
 

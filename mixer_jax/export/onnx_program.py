@@ -14,11 +14,13 @@ from einops import rearrange
 
 from convert import Checkpoint, CheckpointError, MixerConfig
 from convert.atomic import data_name
+from convert.errors import first_line
 
 from .onnx_names import operations_of, shapes_of, values_of
 from .program import ExportOptions, Facts, Program
 
 KEY = "mixer_jax"
+INPUT_DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
 DTYPES = ("float32", "float16")
 INLINE_BYTES = 10**9  # more weights go to a file beside the graph; a protobuf message cannot have 2 GiB
 
@@ -98,9 +100,15 @@ class Session:
         if not self.path.is_file():
             raise CheckpointError(f"{path}: no such file")
         self._session = self._opened(str(path))
-        if len(self._session.get_inputs()) != 1:
-            raise CheckpointError(f"{path}: takes {len(self._session.get_inputs())} inputs, and a Mixer takes images alone")
-        self._input = self._session.get_inputs()[0]
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        if (len(inputs), len(outputs)) != (1, 1):
+            raise CheckpointError(f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs, and a Mixer one of each")
+        self._input = inputs[0]
+        kind = self._input.type
+        if kind not in INPUT_DTYPES:
+            raise CheckpointError(f"{path}: takes a {kind}, and images are one of {', '.join(INPUT_DTYPES)}")
+        if INPUT_DTYPES[kind] == "uint8" and self.facts is None:
+            raise CheckpointError(f"{path}: takes uint8 pixels, and does not say how it scales them")
         self._named: Any = None
 
     def _opened(self, model: str | bytes) -> Any:
@@ -116,7 +124,7 @@ class Session:
         try:
             return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own classes, which have no base but Exception
-            raise CheckpointError(f"{self.source}: ONNX Runtime does not open it: {_first_line(error)}") from None
+            raise CheckpointError(f"{self.source}: ONNX Runtime does not open it: {first_line(error)}") from None
 
     @cached_property
     def facts(self) -> Facts | None:
@@ -126,11 +134,10 @@ class Session:
 
     @property
     def dtype(self) -> str:
-        """That of the weights by our facts, else float32 or that of the input."""
+        """That of the weights by our facts, else that of the input."""
         if self.facts is not None:
             return self.facts.options.dtype
-        kinds = {"tensor(double)": "float64", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
-        return kinds.get(self._input.type, "float32")
+        return INPUT_DTYPES[self._input.type]
 
     def require_fits(self, config: MixerConfig, output: str = "logits") -> None:
         """Raise CheckpointError unless images of this config go in and its logits, scores or features come out."""
@@ -145,7 +152,7 @@ class Session:
             )
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Images (b, h, w, c) -> the first output, in float32 or better."""
+        """Images (b, h, w, c) -> the output (b, n), in float32 or better."""
         return _wide(self._outputs(self._session, images)[0])
 
     def _outputs(self, session: Any, images: np.ndarray) -> list[np.ndarray]:
@@ -156,7 +163,7 @@ class Session:
             outputs = session.run(None, {self._input.name: self.prepared(images)})
         except Exception as error:
             raise CheckpointError(
-                f"{self.source}: does not compute {len(images)} images, as with a batch frozen inside: {_first_line(error)}"
+                f"{self.source}: does not compute {len(images)} images, as with a batch frozen inside: {first_line(error)}"
             ) from None
         if len(outputs[0]) != len(images):
             raise CheckpointError(f"{self.source}: gives {len(outputs[0])} rows for {len(images)} images: its batch is frozen")
@@ -164,10 +171,10 @@ class Session:
 
     def prepared(self, images: np.ndarray) -> np.ndarray:
         """Images (b, h, w, c) in the axes and dtype of the input."""
-        dtype = {"tensor(uint8)": "uint8", "tensor(double)": "float64", "tensor(float16)": "float16"}.get(self._input.type)
+        dtype = INPUT_DTYPES[self._input.type]
         shape = self._input.shape[1:]
         channels_last = _may_be(shape, images.shape[1:]) and not _may_be(shape, np.roll(images.shape[1:], 1).tolist())
-        return np.ascontiguousarray(images if channels_last else rearrange(images, "b h w c -> b c h w"), dtype or "float32")
+        return np.ascontiguousarray(images if channels_last else rearrange(images, "b h w c -> b c h w"), dtype)
 
     def operations(self, images: np.ndarray, config: MixerConfig) -> dict[str, np.ndarray]:
         """All results by parity's names; none where the graph does not show which they are, or without the package onnx."""
@@ -207,7 +214,3 @@ def _wide(values: np.ndarray) -> np.ndarray:
 
 def _shape(shape: Any) -> str:
     return f"({', '.join(map(str, shape))})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]

@@ -13,6 +13,9 @@ import numpy as np
 from convert import Checkpoint, CheckpointError, MixerConfig
 from convert.dtypes import weights_dtype
 from convert.identity import fingerprint
+from convert.layouts import GOOGLE
+from convert.metadata import Metadata
+from convert.preprocessing import unknown_preprocessing
 
 KIND = "mixer_jax exported program, version 1"
 
@@ -52,9 +55,7 @@ class Facts:
         if not config.num_classes and not options.features:
             raise CheckpointError(f"{checkpoint.source}: has no head, so no logits: export its features with --features")
         if options.uint8 and metadata.preprocessing is None:
-            raise CheckpointError(
-                f"{checkpoint.source}: names no preprocessing, which --uint8 needs: choose one with --preprocess"
-            )
+            raise unknown_preprocessing(checkpoint.source, "names no preprocessing, which --uint8 needs")
         versions = {name: version(name) for name in ("mixer-jax", *packages)}
         identity = fingerprint(checkpoint.arrays, checkpoint.layout)
         labels = None if options.features else metadata.labels
@@ -95,6 +96,11 @@ class Facts:
         return "features" if self.options.features else "scores" if self.options.softmax else "logits"
 
     @property
+    def output_width(self) -> int:
+        config = self.config
+        return config.hidden_dim if self.options.features else config.num_classes
+
+    @property
     def input_dtype(self) -> str:
         return "uint8" if self.options.uint8 else wide(self.options.dtype)
 
@@ -105,14 +111,18 @@ class Facts:
             values: dict[str, Any] = json.loads(text)
             kind = values.pop("kind")
             if kind != KIND:
-                raise CheckpointError(f"{source}: is a {kind!r}, and this version reads a {KIND!r}: export it again")
+                raise CheckpointError(f"is a {kind!r}, and this version reads a {KIND!r}: export it again")
             values["config"] = MixerConfig(**values["config"])
             values["options"] = ExportOptions(**values["options"])
-            values["labels"] = None if values["labels"] is None else tuple(values["labels"])
-            return cls(**values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+            about_images = {name: values[name] for name in ("labels", "preprocessing")}
+            metadata = Metadata.default(GOOGLE).updated(about_images)
+            facts = cls(**values | {"labels": metadata.labels, "preprocessing": metadata.preprocessing})
+            if facts.labels is not None and len(facts.labels) != facts.config.num_classes:
+                raise CheckpointError(f"{len(facts.labels)} labels for {facts.config.num_classes} classes")
+            return facts
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+        except Exception as error:  # JSON can be anything
             raise CheckpointError(f"{source}: its facts are damaged ({type(error).__name__}: {error})") from None
 
 

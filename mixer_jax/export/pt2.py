@@ -8,9 +8,9 @@ __all__ = ["opened", "write"]
 
 import io
 import json
+import math
 import os
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from einops import rearrange
 
 from convert import Checkpoint, CheckpointError
 
+from .archive import Archive
 from .program import ExportOptions, Facts, Program, wide
 
 FACTS = "mixer_jax.json"
@@ -27,10 +28,26 @@ ENTRIES = re.compile(
     r"models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)|data/constants/model_constants_config\.json"
     rf"|data/sample_inputs/model\.pt|extra/{re.escape(FACTS)}|archive_format|archive_version|byteorder|\.data/\w+"
 )
+OPERATORS = (  # those of our own programs; among others of aten are some that write files
+    "_assert_tensor_metadata.default",
+    "add.Tensor",
+    "conv2d.default",
+    "gelu.default",
+    "layer_norm.default",
+    "linear.default",
+    "mean.dim",
+    "mul.Tensor",
+    "permute.default",
+    "promote_types.default",
+    "reshape.default",
+    "softmax.int",
+    "sym_size.int",
+    "to.dtype",
+)
 PLAIN = re.compile(r"[\w.+-]*")  # no text that does anything when evaluated
 TREE = re.compile(r'(?s)(?!.*"type"\s*:\s*"(?!builtins\.(tuple|list|dict)"))[\w\s.,:"\[\]{}]*')
 TEXTS = {  # by key in model.json: operators that are looked up, and texts that are evaluated
-    "target": re.compile(r"torch\.ops\.aten\.\w+\.\w+"),
+    "target": re.compile("|".join(rf"torch\.ops\.aten\.{re.escape(name)}" for name in OPERATORS)),
     "expr_str": re.compile(r"\d+|s\d+|Symbol\('s\d+', positive=True, integer=True\)"),
     "guards_code": re.compile(r"(?!)"),  # nothing: it is run
     "in_spec": TREE,
@@ -67,13 +84,13 @@ def write(path: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
     batch = {"images": {0: torch.export.Dim("batch", min=1)}}
     with torch.no_grad():
         program = torch.export.export(Whole().eval(), (images,), dynamic_shapes=batch)
-    with _NeverFailing(io.FileIO(path, "w")) as file:
+    with _KeepsFirstError(io.FileIO(path, "w")) as file:
         torch.export.save(program, file, extra_files={FACTS: facts.to_json()})
     if file.error is not None:
         raise file.error
 
 
-class _NeverFailing(io.BufferedWriter):
+class _KeepsFirstError(io.BufferedWriter):
     """A file that keeps its first error: of one that is raised, as on a full disk, PyTorch's zip writer ends the process."""
 
     error: OSError | None = None
@@ -90,36 +107,42 @@ class _NeverFailing(io.BufferedWriter):
 def facts_of(path: str | os.PathLike[str]) -> Facts:
     """The facts of a file. Raises CheckpointError for any that `write` did not write, or that could run code when opened."""
     try:
-        with zipfile.ZipFile(path) as file:
-            names = [name.partition("/")[2] for name in file.namelist()]
-            facts = file.read(next(name for name in file.namelist() if name.endswith(f"/extra/{FACTS}")))
-            unsafe = list(_unsafe(file))
-    except (OSError, zipfile.BadZipFile, StopIteration, KeyError, ValueError, AttributeError, RecursionError) as error:
+        archive = Archive(path)
+        archive.verify()  # PyTorch does not
+        entries = {name.partition("/")[2]: name for name in archive.sizes}
+        facts = archive.read(entries[f"extra/{FACTS}"])
+        unsafe = [name for name in entries if not ENTRIES.fullmatch(name)] + list(_unsafe(archive, entries))
+        if len(entries) != len(archive.sizes):
+            unsafe.append("more than one program")
+    except ImportError:
+        raise
+    except Exception as error:  # JSON can be anything
         raise CheckpointError(f"{path}: is not a program that mixer_jax exported ({type(error).__name__}: {error})") from None
-    unsafe += [name for name in names if not ENTRIES.fullmatch(name) or names.count(name) > 1]
     if unsafe:
         raise CheckpointError(f"{path}: is not opened, since torch.export.load could run code from it: {unsafe[0]}")
     return Facts.from_json(facts, str(path))
 
 
-def _unsafe(file: zipfile.ZipFile) -> Iterator[str]:
-    """What in a file could run code when PyTorch opens it."""
-    import torch
-
-    for name in file.namelist():
+def _unsafe(archive: Archive, entries: dict[str, str]) -> Iterator[str]:
+    """What in a file could run code, or take any memory, when PyTorch opens it. `entries` are the names without the folder."""
+    torch = _torch()
+    for name, full in entries.items():
         if name.endswith("_config.json"):
-            entries = json.loads(file.read(name))["config"]
-            pickled = [entry for entry, value in entries.items() if value["use_pickle"] is not False]
-            yield from (f"{entry} is pickled" for entry in pickled)
-            if entries and "constants" in name:
-                yield f"{name} has constants"
+            for weight, entry in json.loads(archive.read(full))["config"].items():
+                if entry["use_pickle"] is not False:
+                    yield f"{weight} is pickled"
+                elements = math.prod(size["as_int"] for size in entry["tensor_meta"]["sizes"])
+                if elements > archive.sizes[entries[f"{Path(name).parent}/{entry['path_name']}"]]:
+                    yield f"{weight} has more elements than bytes"
+                if "constants" in name:
+                    yield f"{name} has constants"
         elif name.endswith("model.pt"):
             try:
-                torch.load(io.BytesIO(file.read(name)), weights_only=True)
+                torch.load(io.BytesIO(archive.read(full)), weights_only=True)
             except Exception:  # else PyTorch loads it again without this limit
                 yield f"{name} is not of plain tensors"
         elif name.endswith("model.json"):
-            yield from _unsafe_texts(json.loads(file.read(name)))
+            yield from _unsafe_texts(json.loads(archive.read(full)))
 
 
 def _unsafe_texts(value: Any, key: str = "") -> Iterator[str]:

@@ -10,19 +10,24 @@ __all__ = ["opened", "write"]
 import contextlib
 import json
 import os
+import re
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert import Checkpoint, CheckpointError
+from convert.errors import first_line
 from convert.formats import safetensors
 
-from .program import ExportOptions, Facts, Program
+from .archive import Archive
+from .program import ExportOptions, Facts, Program, wide
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+CUSTOM_CALLS = {"shape_assertion"}  # that our own programs make: of the batch
 
 
 def write(path: Path, checkpoint: Checkpoint, options: ExportOptions) -> None:
@@ -70,14 +75,25 @@ def _exported(checkpoint: Checkpoint, facts: Facts) -> tuple[Any, dict[str, Any]
     return jax.export.export(jax.jit(forward), platforms=PLATFORMS)(shapes, images), weights
 
 
-def facts_of(path: str | os.PathLike[str]) -> tuple[Facts, int]:
-    """The facts of a file, and the version of JAX's calling convention. Raises CheckpointError for any other file."""
+def facts_of(path: str | os.PathLike[str]) -> Facts:
+    """The facts of a file. Raises CheckpointError for any that `write` did not write."""
+    return _facts_and_convention(path, _archive(path))[0]
+
+
+def _archive(path: str | os.PathLike[str]) -> Archive:
     try:
-        with zipfile.ZipFile(path) as file:
-            about = json.loads(file.read("facts.json"))
+        return Archive(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: is not a program that mixer_jax exported, or is damaged: {error}") from None
+
+
+def _facts_and_convention(path: str | os.PathLike[str], archive: Archive) -> tuple[Facts, int]:
+    """And the version of JAX's calling convention."""
+    try:
+        about = json.loads(archive.read("facts.json"))
         convention = int(about.pop("calling_convention_version"))
         about = {name: value for name, value in about.items() if name not in ("platforms", "precision")}
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, AttributeError) as error:
+    except Exception as error:  # JSON can be anything
         raise CheckpointError(f"{path}: is not a program that mixer_jax exported ({type(error).__name__}: {error})") from None
     return Facts.from_json(json.dumps(about), str(path)), convention
 
@@ -85,24 +101,17 @@ def facts_of(path: str | os.PathLike[str]) -> tuple[Facts, int]:
 def opened(path: str | os.PathLike[str]) -> Program:
     """A program that `write` wrote, on JAX's first device. Raises CheckpointError for any other, or one of another JAX."""
     import jax
-    from jax import export
 
-    facts, convention = facts_of(path)
-    oldest, newest = export.minimum_supported_calling_convention_version, export.maximum_supported_calling_convention_version
-    if not oldest <= convention <= newest:
-        raise CheckpointError(
-            f"{path}: jax {facts.versions['jax']} wrote it with calling convention {convention}, and this jax "
-            f"{jax.__version__} runs {oldest} to {newest}: export it again with this jax, or run it with one nearer to that"
-        )
-    with zipfile.ZipFile(path) as file, tempfile.TemporaryDirectory() as folder:
-        try:
-            exported = export.deserialize(bytearray(file.read("program.bin")))
-            arrays = safetensors.read(Path(file.extract("weights.safetensors", folder))).arrays
-            weights: Any = {name: np.asarray(array) for name, array in arrays.items()}
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-        except Exception as error:  # FlatBuffers and MLIR raise nearly anything
-            raise CheckpointError(f"{path}: jax {jax.__version__} does not read its program: {error}") from None
+    archive = _archive(path)
+    facts, convention = _facts_and_convention(path, archive)
+    try:
+        _require_window(facts, convention)
+        arrays = safetensors.read_open(archive.window("weights.safetensors")).arrays
+        weights: Any = {name: np.asarray(array) for name, array in arrays.items()}
+        exported = _deserialised(archive.read("program.bin"), facts)
+        _require_one_model(exported, weights, facts)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     with _precise(facts.options.dtype):
         weights = jax.device_put(weights)
     call = jax.jit(exported.call)
@@ -112,6 +121,53 @@ def opened(path: str | os.PathLike[str]) -> Program:
             return np.asarray(call(weights, np.asarray(images, facts.input_dtype)))
 
     return Program(str(path), facts, run)
+
+
+def _require_window(facts: Facts, convention: int) -> None:
+    from jax import __version__, export
+
+    oldest, newest = export.minimum_supported_calling_convention_version, export.maximum_supported_calling_convention_version
+    if not oldest <= convention <= newest:
+        raise CheckpointError(
+            f"jax {facts.versions.get('jax')} wrote it with calling convention {convention}, and this jax {__version__} runs "
+            f"{oldest} to {newest}: export it again with this jax, or run it with one nearer to that"
+        )
+
+
+def _deserialised(program: bytes, facts: Facts) -> Any:
+    """A `jax.export.Exported` that this JAX reads whole and that calls nothing outside of itself."""
+    from jax import __version__, export
+
+    try:
+        exported = export.deserialize(bytearray(program))
+        text = exported.mlir_module()
+    except Exception as error:  # FlatBuffers and MLIR raise nearly anything
+        writer = f"jax {facts.versions.get('jax')} wrote its program"
+        raise CheckpointError(f"{writer}, and this jax {__version__} does not read it: {first_line(error)}") from None
+    if calls := set(re.findall(r"custom_call @([\w.]+)", text)) - CUSTOM_CALLS:
+        raise CheckpointError(f"is not run, since its program calls {', '.join(sorted(calls))} outside of itself")
+    return exported
+
+
+def _require_one_model(exported: Any, weights: Mapping[str, np.ndarray], facts: Facts) -> None:
+    """Raise CheckpointError unless a program takes these weights and the images of the facts, and gives their output."""
+    import jax
+
+    config = facts.config
+    wanted = {name: (array.shape, array.dtype.name) for name, array in weights.items()}
+    wanted["images"] = (*config.image_size, config.in_channels), facts.input_dtype
+    wanted["output"] = (facts.output_width,), wide(facts.options.dtype)
+    try:
+        (shapes, images), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        (output,) = exported.out_avals
+        found = {name: (shape.shape, shape.dtype.name) for name, shape in shapes.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise CheckpointError("its program is not one of weights and images") from None
+    found |= {name: (aval.shape[1:], aval.dtype.name) for name, aval in (("images", images), ("output", output))}
+    if wrong := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
+        name, was = wrong[0], found.get(wrong[0])
+        beside = wanted.get(name)
+        raise CheckpointError(f"its parts are not of one model: {name} is {was} in the program and {beside} beside it")
 
 
 def _precise(dtype: str) -> Any:

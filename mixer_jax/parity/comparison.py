@@ -189,7 +189,8 @@ def compare(
             fraction=(error_a.fraction_of(limit_a), error_b.fraction_of(limit_b)),
         )
         operations.append(operation)
-    return Comparison(a, b, logits, limit, operations, (checkpoint, other), (images, images_b), outputs)
+    logits_tolerance = list(named.values())[-1]
+    return Comparison(a, b, logits, logits_tolerance, operations, (checkpoint, other), (images, images_b), outputs)
 
 
 def num_passes(a: Implementation, b: Implementation, draws: int) -> int:

@@ -97,7 +97,8 @@ def explain(comparison: Comparison, simulation: Simulation = SIMULATION) -> Expl
         explained += effect
         add("preprocessing", checkpoint.metadata.preprocessing, checkpoint_b.metadata.preprocessing, effect)
 
-    add("variance", "two-pass", "two-pass", base - logits(config, arithmetic=_FastVariance()), only_rounds=True)
+    a, b = ("unknown" if each.path else "two-pass" for each in (comparison.a, comparison.b))
+    add("variance", a, b, base - logits(config, arithmetic=_FastVariance()), only_rounds=True)
     for name, rounding in (("TF32", Rounding(unit="tf32")), ("bfloat16", Rounding("bfloat16"))):
         effect = base - logits(config, arithmetic=Rounded(rounding, np.random.default_rng(0)))
         a, b = (_uses(name.lower(), implementation) for implementation in (comparison.a, comparison.b))

@@ -14,7 +14,7 @@ from convert import Checkpoint, CheckpointError
 from convert.dtypes import SHORT_NAMES
 
 from .numpy_model import Hook, forward
-from .programs import PROGRAMS, dtype_of, open_program
+from .programs import PROGRAMS, device_of, dtype_of, open_program
 from .rounding import Rounding
 
 # Images (b, h, w, c) and a hook or None -> logits. A hook that returns the array it was given changes nothing.
@@ -64,7 +64,7 @@ class Implementation:
         """
         program, _, path = text.partition(":")
         if program in PROGRAMS and path:
-            return cls(program, dtype=dtype_of(program, path), path=path)
+            return cls(program, device=device_of(program), dtype=dtype_of(program, path), path=path)
         name, *rest = (ALIASES.get(word, word) for word in text.split(":"))
         if len(rest) > 3:
             raise ValueError(f"an implementation is NAME[:DEVICE[:DTYPE[:PRECISION]]], not {text!r}")
@@ -89,7 +89,7 @@ class Implementation:
 
     def device_name(self) -> str:
         """The name that the maker gave the device."""
-        if self.name == "flax" and self.device != "cpu":
+        if self.name in ("flax", "stablehlo") and self.device != "cpu":
             return str(_jax_device(self).device_kind)
         if self.device == "gpu":
             import torch

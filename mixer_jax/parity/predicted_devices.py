@@ -1,6 +1,6 @@
 """What devices that are not here are expected to give, from simulated rounding; nothing is run on any of them."""
 
-__all__ = ["PREDICTED", "Prediction", "predict_devices"]
+__all__ = ["PREDICTED", "DevicePrediction", "predict_devices"]
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ PREDICTED = (
 
 
 @dataclass(frozen=True)
-class Prediction:
+class DevicePrediction:
     """The expected error of a device's logits, over images and draws, and the fraction of images whose first class stays."""
 
     devices: str
@@ -33,7 +33,7 @@ class Prediction:
     same_class: float
 
 
-def predict_devices(checkpoint: Checkpoint, images: np.ndarray, simulation: Simulation = SIMULATION) -> list[Prediction]:
+def predict_devices(checkpoint: Checkpoint, images: np.ndarray, simulation: Simulation = SIMULATION) -> list[DevicePrediction]:
     """What each kind of device is expected to give on these weights and images (n, h, w, channels)."""
     config, weights = checkpoint.config, checkpoint.to("google").as_numpy()
     predictions = []
@@ -43,5 +43,5 @@ def predict_devices(checkpoint: Checkpoint, images: np.ndarray, simulation: Simu
         rms = float(np.sqrt(np.mean([error.rms**2 for error in errors])))
         error = Deviation(max(error.max_abs for error in errors), rms, errors[0].scale)
         same_class = float(np.mean(simulated.argmax(axis=2) == right.argmax(axis=1)))
-        predictions.append(Prediction(devices, setting, error, same_class))
+        predictions.append(DevicePrediction(devices, setting, error, same_class))
     return predictions

@@ -1,6 +1,6 @@
 """Exported programs as implementations: an .onnx of anybody's, and what `mixer_jax export` wrote."""
 
-__all__ = ["PACKAGES", "PROGRAMS", "dtype_of", "facts_of", "open_program"]
+__all__ = ["PACKAGES", "PROGRAMS", "device_of", "dtype_of", "facts_of", "open_program"]
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convert import Checkpoint, CheckpointError, MixerConfig
+from convert.errors import first_line
 
 from .numpy_model import Hook
 
@@ -31,7 +32,16 @@ def facts_of(name: str, path: str) -> "Facts | None":
         return Session(path).facts
     from ..export import pt2, stablehlo
 
-    return stablehlo.facts_of(path)[0] if name == "stablehlo" else pt2.facts_of(path)
+    return stablehlo.facts_of(path) if name == "stablehlo" else pt2.facts_of(path)
+
+
+def device_of(name: str) -> str:
+    """Where a program runs: on JAX's first device, others on the CPU."""
+    if name != "stablehlo":
+        return "cpu"
+    import jax
+
+    return jax.default_backend()
 
 
 def dtype_of(name: str, path: str) -> str:
@@ -54,18 +64,18 @@ def open_program(name: str, path: str, checkpoint: Checkpoint) -> Run:
         from ..export.onnx_program import Session
 
         session = Session(path)
-        session.require_fits(config, "logits" if config.num_classes else "features")
         facts, compute = session.facts, session.run if name == "onnx" else _openvino(session)
+        _require_comparable(facts, config, path)
+        session.require_fits(config, "logits" if config.num_classes else "features")
         operations: Any = session.operations if name == "onnx" else None
     else:
         from ..export.formats import opened
 
         program = opened(path)
         facts, compute, operations = program.facts, program.run, None
-        if program.config.image_size != config.image_size or program.config.num_classes != config.num_classes:
-            raise CheckpointError(f"{path}: is of another network: {_sizes(program.config)}, wanted {_sizes(config)}")
-    if facts is not None:
         _require_comparable(facts, config, path)
+        if _sizes(program.config) != _sizes(config):
+            raise CheckpointError(f"{path}: is of another network: {_sizes(program.config)}, wanted {_sizes(config)}")
 
     def run(images: np.ndarray, hook: Hook | None) -> np.ndarray:
         if facts is not None and facts.options.uint8:
@@ -82,13 +92,14 @@ def open_program(name: str, path: str, checkpoint: Checkpoint) -> Run:
     return run
 
 
-def _require_comparable(facts: "Facts", config: MixerConfig, path: str) -> None:
+def _require_comparable(facts: "Facts | None", config: MixerConfig, path: str) -> None:
+    """Raise CheckpointError for a program that says it gives something else than the checkpoint."""
     wanted = "logits" if config.num_classes else "features"
-    if facts.output != wanted:
-        raise CheckpointError(
-            f"{path}: gives {facts.output}, and the checkpoint {wanted}: compare an export that gives {wanted}"
-            + ("" if wanted == "features" else ", or a checkpoint without head" * (facts.output == "features"))
-        )
+    if facts is not None and facts.output != wanted:
+        remedy = f"compare an export that gives {wanted}"
+        if facts.output == "features":
+            remedy += ", or a checkpoint without head"
+        raise CheckpointError(f"{path}: gives {facts.output}, and the checkpoint {wanted}: {remedy}")
 
 
 def _openvino(session: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -97,9 +108,25 @@ def _openvino(session: Any) -> Callable[[np.ndarray], np.ndarray]:
         import openvino
     except ModuleNotFoundError:
         raise ImportError("running .onnx by OpenVINO needs it: pip install 'mixer-jax[openvino]'") from None
-    model = openvino.Core().compile_model(str(session.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return lambda images: np.array(model(session.prepared(images))[0])
+    try:
+        model = openvino.Core().compile_model(str(session.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    except RuntimeError as error:
+        raise CheckpointError(f"{session.path}: OpenVINO does not open it: {first_line(error)}") from None
+
+    def run(images: np.ndarray) -> np.ndarray:
+        try:
+            outputs = np.array(model(session.prepared(images))[0])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{session.path}: OpenVINO does not compute {len(images)} images, as with a fixed batch: {first_line(error)}"
+            ) from None
+        if len(outputs) != len(images):
+            raise CheckpointError(f"{session.path}: gives {len(outputs)} rows for {len(images)} images: its batch is fixed")
+        return outputs
+
+    return run
 
 
 def _sizes(config: MixerConfig) -> str:
-    return f"images of {config.image_size[0]}x{config.image_size[1]} and {config.num_classes} classes"
+    height, width = config.image_size
+    return f"images of {height}x{width} pixels and {config.in_channels} channels, and {config.num_classes} classes"

@@ -31,7 +31,7 @@ from .comparison import Agreement, Comparison, InconclusiveError, compare, num_p
 from .exactness import Exactness, exact
 from .explanation import Explanation, explain
 from .implementations import Implementation
-from .predicted_devices import PREDICTED, Prediction, predict_devices
+from .predicted_devices import PREDICTED, DevicePrediction, predict_devices
 from .provenance import provenance
 from .rounding import LANES
 from .tolerance import SIMULATION, Deviation, Simulation
@@ -48,7 +48,7 @@ class ParityReport:
     about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     explanation: Explanation | None = None
     exactness: Exactness | None = None
-    predictions: Sequence[Prediction] | None = None
+    predictions: Sequence[DevicePrediction] | None = None
 
     @property
     def passed(self) -> bool:

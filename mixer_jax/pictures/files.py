@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert import CheckpointError
-from convert.atomic import atomic_write, check_writable
+from convert.atomic import check_writable, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +31,7 @@ def save(figure: "Figure", path: Path, *, force: bool = False) -> None:
     kind, content = path.suffix.lower()[1:], io.BytesIO()
     undated = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
     figure.savefig(content, format=kind, metadata=undated)
-    with atomic_write(path, size=content.getbuffer().nbytes, force=force) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    write_bytes(path, content.getbuffer(), force=force)
 
 
 def require_matplotlib() -> None:

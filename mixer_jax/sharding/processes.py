@@ -8,7 +8,7 @@ __all__ = [
     "index",
     "is_first",
     "of_first",
-    "require_same",
+    "require_equal_everywhere",
     "versions",
     "whole",
 ]
@@ -97,7 +97,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("mixer-jax", "jax", "flax", "optax", "numpy", "pillow", "grain")}
 
 
-def require_same(what: str, values: dict[str, Any]) -> None:
+def require_equal_everywhere(what: str, values: dict[str, Any]) -> None:
     """Raise AllFailed in all processes unless they have the same; what differs from the first one's is named."""
     first, *others = exchanged(values)
     for i, other in enumerate(others, 1):

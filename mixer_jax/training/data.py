@@ -92,11 +92,6 @@ class Splits:
     validation: Dataset
     test: Dataset | None
 
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """The fingerprint of each part, which tells whether it is still what it was."""
-        return {name: part.fingerprint for name, part in vars(self).items() if part is not None}
-
 
 def open_dataset(
     source: str | os.PathLike[str],
@@ -187,13 +182,13 @@ def _with_classes(
 class Batch:
     """`images` (b, h, w, c) are float32 as the model takes them. `labels` are int32 (b,), or after mixup float32 (b, classes).
 
-    `weights` (b,) are float32: 1, or 0 where there is no image. `indices` (b,) say which images of the dataset they are; -1
+    `mask` (b,) is float32: 1, or 0 where there is no image. `indices` (b,) say which images of the dataset they are; -1
     where there is none.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    weights: np.ndarray
+    mask: np.ndarray
     indices: np.ndarray
 
 
@@ -266,7 +261,7 @@ class TrainingBatches:
         )
         for i, (pixels, index) in zip(self._rows, drawn):
             batch.images[i], batch.indices[i] = scale.scaled(pixels), index
-        batch.labels[self._rows], batch.weights[self._rows] = self.dataset.labels[batch.indices[self._rows]], 1
+        batch.labels[self._rows], batch.mask[self._rows] = self.dataset.labels[batch.indices[self._rows]], 1
         if not (alpha := self.augmentation.mixup):
             return batch
         one_hot = np.zeros((self.batch_size, len(self.dataset.classes)), np.float32)
@@ -311,7 +306,7 @@ class EvaluationBatches:
                 batch.labels[used] = self.dataset.labels[batch.indices[used]]
                 for row in (row for row in rows if row < used.stop):
                     if (pixels := next(images)) is not None:
-                        batch.images[row], batch.weights[row] = scale.scaled(pixels), 1
+                        batch.images[row], batch.mask[row] = scale.scaled(pixels), 1
                 yield batch
 
     def _pixels(self, index: int) -> np.ndarray | None:
@@ -322,13 +317,18 @@ class EvaluationBatches:
             return None
 
 
-def epochs(count: int, seed: int) -> Any:
-    """The indices of `count` images again and again, each time in another order, as a `grain.MapDataset`."""
+def grain() -> Any:
+    """The package grain. Raises ImportError, naming the extra, where it is missing."""
     try:
         import grain
     except ModuleNotFoundError:
         raise ImportError("training needs grain: pip install 'mixer-jax[train]'") from None
-    return grain.MapDataset.range(count).seed(seed).shuffle().repeat(None)
+    return grain
+
+
+def epochs(count: int, seed: int) -> Any:
+    """The indices of `count` images again and again, each time in another order, as a `grain.MapDataset`."""
+    return grain().MapDataset.range(count).seed(seed).shuffle().repeat(None)
 
 
 def _zeros(dataset: Dataset, size: int, image_size: Size) -> Batch:

@@ -38,9 +38,9 @@ class Features:
             for batch in tqdm(batches, desc=f"features, {file.stem}", unit="batch", disable=None):
                 placed = batch.images if model.placement is None else model.placement.put(batch.images)
                 features = np.array(features_of(placed))
-                if (wrong := batch.indices[(batch.weights == 1) & ~np.isfinite(features).all(axis=1)]).size:
+                if (wrong := batch.indices[(batch.mask == 1) & ~np.isfinite(features).all(axis=1)]).size:
                     raise CheckpointError(f"the model gives NaN or infinity for {names[wrong[0]]}")
-                features[batch.weights == 0] = np.nan
+                features[batch.mask == 0] = np.nan
                 values.append(features[batch.indices >= 0])
             unreadable = batches.unreadable
             file.parent.mkdir(exist_ok=True)
@@ -61,7 +61,7 @@ class Features:
 
 @dataclass(eq=False, kw_only=True)
 class FeaturesInOrder:
-    """Batches with the features of every image once; the last is padded. What was not read has the weight 0."""
+    """Batches with the features of every image once; the last is padded. What was not read is masked."""
 
     features: Features
     batch_size: int
@@ -75,7 +75,7 @@ class FeaturesInOrder:
         for first in range(0, count, self.batch_size):
             indices = np.arange(first, first + self.batch_size)
             batch = self.features.batch(np.minimum(indices, count - 1))
-            yield replace(batch, weights=batch.weights * (indices < count))
+            yield replace(batch, mask=batch.mask * (indices < count))
 
 
 @dataclass(eq=False, kw_only=True)

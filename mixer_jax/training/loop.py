@@ -209,7 +209,7 @@ class Trainer:
         """What weights get right of a part of the images, as `evaluate` sees them; and the mean softmax cross-entropy."""
         labels, logits, batches = [], [], self._in_order(part)
         for batch in batches:
-            output, read = self._logits(weights, self._placed(batch.images), self._placed(batch.weights))
+            output, read = self._logits(weights, self._placed(batch.images), self._placed(batch.mask))
             used = np.asarray(read) > 0
             labels.append(batch.labels[used])
             logits.append(np.asarray(output, np.float64)[used])

@@ -30,7 +30,7 @@ from typing import Any, overload
 import numpy as np
 
 from convert import CheckpointError
-from convert.atomic import atomic_write
+from convert.atomic import atomic_write, write_bytes
 from convert.download import cache_folder
 
 from ..preprocess import ImageError
@@ -279,8 +279,7 @@ class _Remote:
         self.folder = cache_folder() / "packed" / hashlib.sha256(index).hexdigest()[:16]
         if not (self.folder / INDEX).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.folder / INDEX, size=len(index), force=True) as temporary:
-                temporary.write_bytes(index)
+            write_bytes(self.folder / INDEX, index, force=True)
         print(f"{self.address}: shards are copied to {self.folder} when first read", file=sys.stderr)
 
     def fetch(self, path: Path, size: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from convert import CheckpointError
-from convert.atomic import atomic_write
+from convert.atomic import write_bytes
 
 from ..evaluation import Evaluation
 from ..pictures.confusion import draw_confusion
@@ -177,6 +177,4 @@ def _line(row: Row) -> str:
 
 
 def _write(path: Path, text: str | bytes) -> None:
-    content = text.encode() if isinstance(text, str) else text
-    with atomic_write(path, size=len(content), force=True) as temporary:
-        temporary.write_bytes(content)
+    write_bytes(path, text.encode() if isinstance(text, str) else text, force=True)

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from convert import Checkpoint, CheckpointError
+from convert import Checkpoint, CheckpointError, MixerConfig
 
-from ..parity.comparison import InconclusiveError, agreement, compare, noise
-from ..parity.implementations import Implementation
-from ..parity.numpy_model import Hook, forward
-from ..parity.report import Table, figure, multiple
-from ..parity.rounding import Rounding
-from ..parity.tolerance import MARGIN, Deviation, Simulation, Tolerance, deviation, simulated_logits
-from ..parity.tolerance import tolerance as tolerance_of
-from .program import Program, wide
+from ..export.program import ExportOptions, Program, wide
+from .comparison import InconclusiveError, agreement, compare, noise
+from .implementations import Implementation
+from .numpy_model import Hook, forward
+from .report import Table, figure, multiple
+from .rounding import Rounding
+from .tolerance import MARGIN, Deviation, Simulation, Tolerance, deviation, simulated_logits
+from .tolerance import tolerance as tolerance_of
 
 BATCHES = (1, 2, 7)
 SEED = 0
@@ -50,45 +50,61 @@ def prove(program: Program, checkpoint: Checkpoint) -> Proof:
 
     The tolerance is parity's, on as many images as give a thousand outputs: it hardly grows with more.
     """
-    facts = program.facts
-    checkpoint = checkpoint.without_head() if facts.options.features else checkpoint
-    config, images = checkpoint.config, noise(checkpoint.config, max(BATCHES), SEED)
-    inputs = images
-    if facts.options.uint8:
-        inputs = np.random.default_rng(SEED).integers(0, 256, images.shape, np.uint8)
-        images = facts.scaled(inputs)
-    weights = checkpoint.to("google").as_numpy()
+    options = program.facts.options
+    checkpoint = checkpoint.without_head() if options.features else checkpoint
+    config, weights = checkpoint.config, checkpoint.to("google").as_numpy()
+    inputs, images = _inputs(program, config)
     right = forward(config, weights, images)
     try:
         agreement(right, right)
     except InconclusiveError as why:
         raise CheckpointError(f"{checkpoint.source}: no export of it can be proved: {why}") from None
     few = min(len(images), math.ceil(1000 / right.shape[1]))
-    draws, passes = Simulation.draws, (1 + Simulation.draws) * (2 if facts.options.softmax else 1) + 4
     num_operations = 10 * config.num_blocks + (4 if config.num_classes else 3)
-    with tqdm(total=passes * num_operations, desc="proving", unit="op", disable=None, delay=2, leave=False) as bar:
-        simulation = Simulation(draws, SEED, bar.update)
-        named = 0 if program.operations is None else len(program.operations(inputs[:1]))
-        roundings = ROUNDING_OF_NUMPY, (Rounding(facts.options.dtype),)
-        tolerance = tolerance_of(config, weights, images[:few], *roundings, simulation)
-        if named:
+    with tqdm(total=_passes(options) * num_operations, desc="proving", unit="op", disable=None, delay=2, leave=False) as bar:
+        simulation = Simulation(Simulation.draws, SEED, bar.update)
+        rounding = Rounding(options.dtype)
+        tolerance = tolerance_of(config, weights, images[:few], ROUNDING_OF_NUMPY, (rounding,), simulation)
+        if program.operations is not None:
             _check_operations(program, checkpoint, images[:few], inputs[:few], tolerance, simulation)
         limit = list(tolerance.accumulated.values())[-1]
-        if facts.options.softmax:
-            exact, simulated = simulated_logits(config, weights, images[:few], roundings[1][0], simulation)
+        if options.softmax:
+            exact, simulated = simulated_logits(config, weights, images[:few], rounding, simulation)
             # The softmax itself rounds as well.
-            scores = _softmax(simulated.astype(wide(facts.options.dtype)))
-            limit, right = _largest(scores - _softmax(exact)), _softmax(right)
+            limit = _largest(_softmax(simulated.astype(wide(options.dtype))) - _softmax(exact))
+            right = _softmax(right)
+    rows = _errors(program, checkpoint, inputs, right, limit)
+    return Proof(program.facts.output, rows, 0 if program.operations is None else num_operations)
+
+
+def _inputs(program: Program, config: MixerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Seeded noise as the program takes it, and the same as the model does."""
+    images = noise(config, max(BATCHES), SEED)
+    if not program.facts.options.uint8:
+        return images, images
+    pixels = np.random.default_rng(SEED).integers(0, 256, images.shape, np.uint8)
+    return pixels, program.facts.scaled(pixels)
+
+
+def _passes(options: ExportOptions) -> int:
+    """How many forward passes of the NumPy model a proof reports, operation by operation."""
+    return (1 + Simulation.draws) * (2 if options.softmax else 1) + 4
+
+
+def _errors(
+    program: Program, checkpoint: Checkpoint, inputs: np.ndarray, right: np.ndarray, limit: Deviation
+) -> dict[int, tuple[Deviation, Deviation]]:
+    """The error of the output and its limit, by batch size. Raises CheckpointError for the first beyond it."""
     rows = {}
     for batch in BATCHES:
         error = deviation(program.run(inputs[:batch]).astype(np.float64), right[:batch])
         rows[batch] = error, replace(limit, scale=error.scale)
-        if (used := error.fraction_of(rows[batch][1])) > 1:
+        if (fraction := error.fraction_of(rows[batch][1])) > 1:
             raise CheckpointError(
-                f"{program.source}: its {facts.output} at batch {batch} are not those of {checkpoint.source}: they differ by "
-                f"{figure(error.max_abs)}, {multiple(used)} the tolerance of {figure(limit.max_abs)}"
+                f"{program.source}: its {program.facts.output} at batch {batch} are not those of {checkpoint.source}: they "
+                f"differ by {figure(error.max_abs)}, {multiple(fraction)} the tolerance of {figure(limit.max_abs)}"
             )
-    return Proof(facts.output, rows, named)
+    return rows
 
 
 def _check_operations(
@@ -102,6 +118,9 @@ def _check_operations(
     """Raise CheckpointError with the first operation of a program that is not within its own tolerance."""
     assert program.operations is not None
     operations = {name: values.astype(np.float64) for name, values in program.operations(inputs).items()}
+    if operations.keys() != tolerance.accumulated.keys():
+        shown = f"{len(operations)} of its {len(tolerance.accumulated)} operations"
+        raise CheckpointError(f"{program.source}: shows {shown}, so they cannot be checked")
 
     def run(_: np.ndarray, hook: Hook | None) -> np.ndarray:
         if hook is not None:
@@ -109,8 +128,12 @@ def _check_operations(
                 hook(name, values)
         return list(operations.values())[-1]
 
-    pair = Implementation("numpy", dtype="float64"), Implementation("torch", dtype=program.facts.options.dtype)
-    comparison = compare(checkpoint, images, *pair, runs=(None, run), tolerance=tolerance, simulation=simulation)
+    exported = Implementation("onnx", dtype=program.facts.options.dtype, path=program.source)
+    pair = Implementation("numpy", dtype="float64"), exported
+    try:
+        comparison = compare(checkpoint, images, *pair, runs=(None, run), tolerance=tolerance, simulation=simulation)
+    except InconclusiveError as why:
+        raise CheckpointError(f"{program.source}: {why}") from None
     if (first := comparison.first) is not None:
         raise CheckpointError(
             f"{program.source}: {first.operation.title} is not that of {checkpoint.source}: error {first.error:.1e}, "
