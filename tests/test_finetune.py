@@ -145,7 +145,7 @@ def test_the_result_is_a_checkpoint_like_any_other(uninterrupted, tmp_path, caps
     assert {"best_step", "test_correct", "test_loss"} <= row.keys()
     model, test = mixer_jax.load(uninterrupted / "best"), open_dataset("digits").test
     batches = EvaluationBatches(dataset=test, batch_size=64, image_size=(8, 8), preprocessing=model.preprocessing)
-    right = sum(float((np.asarray(model(b.images)).argmax(1) == b.labels) @ b.weights) for b in batches)
+    right = sum(float((np.asarray(model(b.images)).argmax(1) == b.labels) @ b.mask) for b in batches)
     assert (right, len(test)) == (row["test_correct"], row["test_images"])
     assert (model.labels, model.preprocessing) == (tuple("0123456789"), "squash")
     write(tmp_path / "best.npz", read(uninterrupted / "best"), layout="google")

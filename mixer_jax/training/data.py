@@ -223,16 +223,26 @@ class TrainingBatches:
         return self._batch(step, map(self._images.__getitem__, self._indices(step)))
 
     def starting_at(self, step: int) -> Generator[Batch]:
-        """Batch `step` and those after it. While one is used, the images of the next are decoded in threads."""
-        threads, count = self.threads or cores(), len(self._rows)
-        indices = itertools.chain.from_iterable(map(self._indices, itertools.count(step)))
-        images = decode_ahead(self._images.__getitem__, indices, threads=threads, count=count + threads)
+        """Batch `step` and those after it. While one is used, the images of the next are decoded in threads.
+
+        Each thread decodes a share of a batch at a time: for small images, handing them over one by one takes longer.
+        """
+        threads = self.threads or cores()
+        shares = np.array_split(np.arange(len(self._rows)), min(threads, len(self._rows)))
+
+        def decoded(task: tuple[int, np.ndarray]) -> list[tuple[np.ndarray, int]]:
+            k, share = task
+            indices = self._indices(k)
+            return [self._images[indices[i]] for i in share]
+
+        tasks = ((k, share) for k in itertools.count(step) for share in shares)
+        parts = decode_ahead(decoded, tasks, threads=threads, count=len(shares))
 
         def batch(step: int) -> Batch:
-            return self._batch(step, itertools.islice(images, count))
+            return self._batch(step, itertools.chain.from_iterable(itertools.islice(parts, len(shares))))
 
         batches = decode_ahead(batch, itertools.count(step), threads=1, count=1)
-        with contextlib.closing(images), contextlib.closing(batches):
+        with contextlib.closing(parts), contextlib.closing(batches):
             yield from batches
 
     def _indices(self, step: int) -> list[int]:
@@ -275,8 +285,8 @@ class TrainingBatches:
 class EvaluationBatches:
     """Batches with every image of a dataset once, in its order, as `preprocessing` makes it; the last one is padded.
 
-    An image that cannot be read has the weight 0, and is listed by name in `unreadable` with the reason. Of several processes
-    each reads the images of its own `rows` of a batch; the others have the weight 0, and their indices and labels.
+    An image that cannot be read is masked, and is listed by name in `unreadable` with the reason. Of several processes each
+    reads the images of its own `rows` of a batch; the others are masked, with their indices and labels.
     """
 
     dataset: Dataset
@@ -294,18 +304,24 @@ class EvaluationBatches:
 
     def __iter__(self) -> Generator[Batch]:
         threads, scale = self.threads or cores(), preprocessing_of(self.preprocessing, self.dataset.channels)
-        rows = range(self.batch_size) if self.rows is None else self.rows.tolist()
+        rows = np.arange(self.batch_size) if self.rows is None else self.rows
         total, firsts = len(self.dataset), range(0, len(self.dataset), self.batch_size)
-        read = (first + row for first in firsts for row in rows if first + row < total)
-        images = decode_ahead(self._pixels, read, threads=threads, count=len(rows) + threads)
-        with contextlib.closing(images):
+        shares = np.array_split(rows, min(threads, len(rows)))
+
+        def decoded(indices: np.ndarray) -> list[np.ndarray | None]:
+            return [self._pixels(i) for i in indices.tolist() if i < total]
+
+        tasks = (first + share for first in firsts for share in shares)
+        parts = decode_ahead(decoded, tasks, threads=threads, count=len(shares))
+        with contextlib.closing(parts):
             for first in firsts:
                 batch = _zeros(self.dataset, self.batch_size, self.image_size)
                 used = slice(min(self.batch_size, total - first))
                 batch.indices[used] = np.arange(first, first + used.stop)
                 batch.labels[used] = self.dataset.labels[batch.indices[used]]
-                for row in (row for row in rows if row < used.stop):
-                    if (pixels := next(images)) is not None:
+                images = itertools.chain.from_iterable(itertools.islice(parts, len(shares)))
+                for row, pixels in zip(rows[rows < used.stop], images):
+                    if pixels is not None:
                         batch.images[row], batch.mask[row] = scale.scaled(pixels), 1
                 yield batch
 
