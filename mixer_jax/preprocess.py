@@ -27,7 +27,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -199,7 +199,7 @@ def _area_terms(old: int, new: int, part: slice) -> tuple[np.ndarray, np.ndarray
 def _bilinear(image: np.ndarray, size: Size, crop: Crop) -> np.ndarray:
     """The crop of an image resized to `size`, interpolated between four neighbours in float32."""
     (top, bottom, y_weight), (left, right, x_weight) = (
-        _bilinear_terms(old, new, part) for old, new, part in zip(image.shape, size, crop)
+        _bilinear_terms(old, new, part.start, part.stop) for old, new, part in zip(image.shape, size, crop)
     )
 
     def across(rows: np.ndarray) -> np.ndarray:
@@ -210,10 +210,11 @@ def _bilinear(image: np.ndarray, size: Size, crop: Crop) -> np.ndarray:
     return upper + (lower - upper) * y_weight[:, None, None]
 
 
-def _bilinear_terms(old: int, new: int, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+@lru_cache(maxsize=512)  # of small images, half of the time
+def _bilinear_terms(old: int, new: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each new pixel the old ones on both sides of its centre, and the weight of the second."""
     half = np.float32(0.5)
-    at = (np.arange(new)[part].astype(np.float32) + half) * (np.float32(old) / np.float32(new)) - half
+    at = (np.arange(start, stop).astype(np.float32) + half) * (np.float32(old) / np.float32(new)) - half
     below = np.floor(at)
     return below.astype(int).clip(0), np.ceil(at).astype(int).clip(0, old - 1), at - below
 
