@@ -219,7 +219,11 @@ def in_groups(settings: Settings, part: str) -> list[Row]:
         model, config = ("next-to-nothing", OVERHEAD) if group.task == "calling" else settings.model()
         weights, images = settings.weights(config, model), settings.images(config, max(turns))
         expected = numpy_model.forward(config, read(weights).as_numpy(), np.load(images, mmap_mode="r")[:1])
-        planted = {settings.plant: {"weights": settings.planted()}} if settings.plant else {}
+        planted = {}
+        if settings.plant:
+            wrong = settings.planted()
+            programs = settings.programs(wrong, group.dtype) if settings.plant in PROGRAMS else {}
+            planted = {settings.plant: {"weights": wrong, "programs": programs}}
         names = group.names.split()
         programs = settings.programs(weights, group.dtype) if set(names) & set(PROGRAMS) else {}
         with running(group.task, settings.environments(names)) as workers:

@@ -3,6 +3,7 @@
 __all__ = ["atomic_files", "atomic_write", "check_writable", "data_name", "write_bytes"]
 
 import contextlib
+import filecmp
 import glob
 import os
 import shutil
@@ -85,7 +86,8 @@ def atomic_files(path: str | os.PathLike[str], *, size: int, force: bool = False
         data = [path.parent / file.name for file in folder.glob(pattern)]
         for target in (*data, path):
             _sync(folder / target.name)
-            check_writable(target, force=force)
+            same = target != path and target.is_file() and filecmp.cmp(target, folder / target.name, shallow=False)
+            check_writable(target, force=force or same)
         added = [target for target in data if not target.exists()]
         try:
             for target in data:

@@ -100,18 +100,11 @@ def add_reading_options(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     parser.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and infinity in the weights")
 
 
-READING_OPTIONS = (  # of `add_reading_options`, as argparse names them
-    "image_size",
-    "depth",
-    "variant",
-    "dtype",
-    "gelu",
-    "layer_norm_epsilon",
-    "preprocess",
-    "key",
-    "step",
-    "allow_nonfinite",
-)
+def names_of_reading_options() -> list[str]:
+    """Of `add_reading_options`, as argparse names them."""
+    parser = argparse.ArgumentParser()
+    add_reading_options(parser)
+    return list(vars(parser.parse_args([])))
 
 
 def reading_options(arguments: argparse.Namespace) -> ReadOptions:

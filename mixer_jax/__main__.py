@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from convert import CheckpointError, read
-from convert.cli import READING_OPTIONS, reading_options, refuse_ignored, require_verb, run_guarded
+from convert.cli import names_of_reading_options, reading_options, refuse_ignored, require_verb, run_guarded
 
 from .commands.device_options import DEVICE_OPTIONS, processes_of
 from .commands.parsers import command_line
@@ -41,7 +41,7 @@ def summary(arguments: argparse.Namespace) -> None:
     if is_file(source):
         refuse_ignored(arguments, ["num_classes"], f"is for a variant, and {source} is a file, which has its own")
     else:
-        reading = [name for name in READING_OPTIONS if name != "image_size"]
+        reading = [name for name in names_of_reading_options() if name != "image_size"]
         refuse_ignored(arguments, reading, f"is for a file, and {source} is none; leave it out")
         sizes = {"num_classes": arguments.num_classes, "image_size": arguments.image_size}
         variant = {name: value for name, value in sizes.items() if value is not None}
@@ -166,7 +166,7 @@ def _model_options(arguments: argparse.Namespace) -> "ModelOptions":
     from .export.formats import is_exported
 
     if is_exported(arguments.source):
-        reading = [name for name in READING_OPTIONS if name != "preprocess"]  # its images need one still
+        reading = [name for name in names_of_reading_options() if name != "preprocess"]  # its images need one still
         refuse_ignored(arguments, [*reading, *DEVICE_OPTIONS], f"{arguments.source} is an exported program; leave it out")
         if arguments.implementation != "flax":
             arguments.usage(f"--implementation: {arguments.source} is an exported program; leave it out")

@@ -51,11 +51,18 @@ def test_all_implementations_agree_and_are_timed(tmp_path, part, names, toleranc
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", [pytest.param("linen", marks=pytest.mark.heavy), "torch_model"])
-def test_an_implementation_that_computes_something_else_stops_the_run_before_it_is_timed(tmp_path, name):
-    process = run("forward", "--results", tmp_path, "--plant", name)
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        pytest.param("forward", "linen", marks=pytest.mark.heavy),
+        ("forward", "torch_model"),
+        pytest.param("exported", "openvino_file", marks=pytest.mark.heavy),
+    ],
+)
+def test_an_implementation_that_computes_something_else_stops_the_run_before_it_is_timed(tmp_path, part, name):
+    process = run(part, "--results", tmp_path, "--plant", name)
     assert process.returncode == 1
-    assert f"error: forward: logits differ by more than 1e-05 relative to max abs: {name} by" in process.stderr
+    assert f"error: {part}: logits differ by more than 1e-05 relative to max abs: {name} by" in process.stderr
     assert "Traceback" not in process.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -382,6 +382,12 @@ def test_an_evaluation_is_a_table_of_the_card(source, tmp_path):
     )
 
 
+def test_an_evaluation_is_of_the_weights_before_a_cast(source, tmp_path):
+    (tmp_path / "e.json").write_text(json.dumps(evaluated()))
+    publish(source(), tmp_path / "small", evaluation=tmp_path / "e.json", reading=ReadOptions(dtype="bfloat16"))
+    assert "| top-1 | 66.67 %" in (tmp_path / "small" / "README.md").read_text()
+
+
 EVALUATIONS = {
     "not what `evaluate --json` printed \\(TypeError": [],
     "not what `evaluate --json` printed \\(KeyError: 'top1'\\): python -m mixer_jax evaluate FILE FOLDER --json > e.json": {

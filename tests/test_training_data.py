@@ -1,5 +1,6 @@
 """Labelled images: what is opened as what, what is refused, and batches that depend on the seed and their number alone."""
 
+import contextlib
 import gzip
 import hashlib
 import os
@@ -578,6 +579,17 @@ def test_grain_is_asked_for_by_the_name_of_the_extra(folder, dataset, tmp_path, 
         with pytest.raises(ImportError, match=r"training needs grain: pip install 'mixer-jax\[train\]'"):
             call()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_batches_are_the_same_whatever_shares_of_them_the_threads_decode(dataset, threads):
+    """Also where there are more threads than images in a batch."""
+    wanted, batches = batches_of(dataset), batches_of(dataset, threads=threads)
+    with contextlib.closing(batches.starting_at(3)) as stream:
+        for k, batch in zip((3, 4, 5), stream):
+            assert all(np.array_equal(a, b) for a, b in zip(vars(batch).values(), vars(wanted[k]).values(), strict=True))
+    empty = EvaluationBatches(dataset=dataset, batch_size=4, image_size=SIZE, rows=np.arange(0), threads=threads)
+    assert not any(batch.mask.any() for batch in empty)
 
 
 def test_options_are_checked(folder, dataset):

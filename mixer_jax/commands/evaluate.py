@@ -144,14 +144,14 @@ def run(
         listed = [path for paths in folders.values() for path in paths]
         if real:
             real_labels(real, listed)
-        model = options.load()
+        model, identity = options.load_identified() if as_json else (options.load(), "")
     require_equal_everywhere("list of images", summary_of(listed))
     evaluation = evaluate(model, folder, real=real, **options.running())
     for path, error in evaluation.unreadable.items() if is_first() else ():
         print(f"{path}: {error}", file=sys.stderr)
     published = published_accuracy(options.source, model.config, evaluation.matched_by)
     if as_json:
-        about = {"file": options.source, "fingerprint": options.fingerprint(model), "folder": folder, "published": published}
+        about = {"file": options.source, "fingerprint": identity, "folder": folder, "published": published}
         print(json.dumps(about | evaluation.as_dict()))
     else:
         print("\n".join(_text(evaluation) + published))

@@ -61,6 +61,7 @@ def export(
         except CheckpointError as error:
             raise CheckpointError(f"{str(error).replace(str(new), str(out))}; nothing was written") from None
         except OSError as error:
-            raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}; nothing was written") from None
+            fault = str(error).replace(str(new), str(out))
+            raise CheckpointError(f"{out}: cannot be exported: {fault}; nothing was written") from None
         num_bytes = sum(file.stat().st_size for file in new.parent.iterdir())
     return Exported(out, num_bytes, program.facts, proof)

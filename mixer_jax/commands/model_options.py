@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert import CheckpointError, ReadOptions, read
+from convert import Checkpoint, CheckpointError, ReadOptions, read
 from convert.identity import fingerprint
 from convert.labels import read_labels
 from convert.preprocessing import unknown_preprocessing
@@ -32,9 +32,23 @@ class ModelOptions:
 
     def load(self) -> Any:
         """The Flax or PyTorch model, with the labels of these options; on several devices, Replicas. Or an exported program."""
+        return self._program() if is_exported(self.source) else self._model(self._checkpoint())
+
+    def load_identified(self) -> tuple[Any, str]:
+        """The same, and the fingerprint of the weights as they are in the file."""
         if is_exported(self.source):
-            return self._program()
-        checkpoint = read(self.source, self.reading)
+            program = self._program()
+            return program, program.facts.fingerprint
+        checkpoint = self._checkpoint()
+        return self._model(checkpoint), fingerprint(checkpoint.arrays, checkpoint.layout)
+
+    def _checkpoint(self) -> Checkpoint:
+        """Not cast yet."""
+        return read(self.source, replace(self.reading, dtype=None, allow_float64=True))
+
+    def _model(self, checkpoint: Checkpoint) -> Any:
+        if self.reading.dtype is not None:
+            checkpoint = checkpoint.astype(self.reading.dtype)
         channels, classes = checkpoint.config.in_channels, checkpoint.config.num_classes
         if checkpoint.dtype == np.float64:
             raise CheckpointError(f"{self.source}: images are float32, so the weights must not be float64: use --dtype float32")
@@ -66,13 +80,6 @@ class ModelOptions:
         if program.preprocessing is None:
             raise unknown_preprocessing(self.source)
         return program
-
-    def fingerprint(self, model: Any) -> str:
-        """Of the weights as they are in the file of `model`, which `load` gave."""
-        if isinstance(model, Program):
-            return model.facts.fingerprint
-        checkpoint = read(self.source, replace(self.reading, dtype=None, allow_float64=True))
-        return fingerprint(checkpoint.arrays, checkpoint.layout)
 
     def running(self) -> dict[str, Any]:
         """The keywords that `predict` and `evaluate` have in common."""

@@ -63,6 +63,8 @@ def parity(
     else:
         pixels, pixels_b, images_are = noise(checkpoint.config, count, seed), None, f"of seeded noise, seed {seed}"
     if (program := _of_pixels(a, b)) is not None:
+        for prepared in (checkpoint, *([second] if second else [])) if paths else ():
+            _require_scaling(program, prepared)
         pixels = program.scaled(program.pixels(pixels))
         pixels_b = None if pixels_b is None else program.scaled(program.pixels(pixels_b))
         images_are = f"{images_are}, rounded to whole pixels"
@@ -81,6 +83,16 @@ def parity(
     if html and is_first():
         write_bytes(html, as_html(report).encode(), force=force)
     return report
+
+
+def _require_scaling(program: Facts, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the images of a checkpoint are scaled as inside a program of pixels."""
+    own = replace(program, preprocessing=checkpoint.metadata.preprocessing)
+    if str(own.scaling()) != str(program.scaling()):
+        raise CheckpointError(
+            f"{checkpoint.source}: its images are scaled as by {own.preprocessing}, and inside the program as by "
+            f"{program.preprocessing}: leave the images out, or choose one with --preprocess"
+        )
 
 
 def _of_pixels(*implementations: Implementation) -> Facts | None:

@@ -72,7 +72,7 @@ def publish(
     `licence` is one of the hub's identifiers, such as "apache-2.0"; `evaluation` is a file of what `evaluate --json` printed,
     `labels` one of class names, one a line. Weights that are `best` or `last` of a run of `finetune` have its settings and
     results in the card. The preprocessing must be one of timm's: `reading` can choose it. `force` replaces an older such
-    folder, and the weights in `push_to`, which is "owner/name" and made if there is none.
+    folder, and what of its files is in `push_to`, which is "owner/name" and made if there is none.
 
     Raises CheckpointError, before anything is written, for what timm's config cannot express.
     """
@@ -103,12 +103,18 @@ def publish(
         preprocessing=str(checkpoint.metadata.preprocessing),
         replaced_preprocessing=own if own != checkpoint.metadata.preprocessing else None,
         training=run_lines(Path(checkpoint.source)),
-        evaluation=evaluation_lines(evaluation, checkpoint, identity) if evaluation is not None else [],
+        evaluation=[] if evaluation is None else evaluation_lines(evaluation, checkpoint, _identity_in_file(source, reading)),
     )
     write_hub_folder(path, checkpoint, card=model_card(facts), licence=licence, force=force)
     address = push(path, push_to) if push_to is not None else None
     what = tree["architecture"], facts.parameters, facts.dtype, facts.fingerprint
     return Publication(str(path), *what, gap, _notes(checkpoint, gap, licence), address)
+
+
+def _identity_in_file(source: Source, reading: ReadOptions) -> str:
+    """The fingerprint before a cast, as `evaluate` has it."""
+    checkpoint = read(source, replace(reading, dtype=None, allow_float64=True))
+    return fingerprint(checkpoint.arrays, checkpoint.layout)
 
 
 def _own_preprocessing(source: Source, reading: ReadOptions) -> str | None:

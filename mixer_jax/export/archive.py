@@ -3,7 +3,7 @@
 Entries are as long as they say, since none is compressed, and each is read against its CRC-32.
 """
 
-__all__ = ["Archive"]
+__all__ = ["FOREIGN", "Archive"]
 
 import os
 import zipfile
@@ -11,9 +11,10 @@ from pathlib import Path
 
 from convert import CheckpointError
 from convert.byte_ranges import ByteRange, OpenFile, Window
-from convert.formats.zip_directory import read_directory
+from convert.formats.zip_directory import Member, read_directory
 
 ENCRYPTED = 1
+FOREIGN = "is not a program that mixer_jax exported, or is damaged"
 
 
 class Archive:
@@ -35,17 +36,21 @@ class Archive:
         return {name: member.info.file_size for name, member in self._members.items()}
 
     def read(self, name: str) -> bytes:
-        if name not in self._members:
-            raise CheckpointError(f"has no entry {name}")
-        info, offset = self._members[name]
-        return ByteRange(self._file, offset, info.file_size, info.CRC).all().tobytes()
+        info, offset = self._member(name)
+        try:
+            return ByteRange(self._file, offset, info.file_size, info.CRC).all().tobytes()
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
 
     def window(self, name: str) -> Window:
         """The entry as a file, whose CRC-32 is not checked: for a format that has its own."""
+        info, offset = self._member(name)
+        return Window(self._file, offset, info.file_size)
+
+    def _member(self, name: str) -> Member:
         if name not in self._members:
             raise CheckpointError(f"has no entry {name}")
-        info, offset = self._members[name]
-        return Window(self._file, offset, info.file_size)
+        return self._members[name]
 
     def verify(self) -> None:
         """Read every entry."""

@@ -19,8 +19,9 @@ import numpy as np
 from einops import rearrange
 
 from convert import Checkpoint, CheckpointError
+from convert.errors import first_line
 
-from .archive import Archive
+from .archive import FOREIGN, Archive
 from .program import ExportOptions, Facts, Program, wide
 
 FACTS = "mixer_jax.json"
@@ -116,8 +117,10 @@ def facts_of(path: str | os.PathLike[str]) -> Facts:
             unsafe.append("more than one program")
     except ImportError:
         raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {FOREIGN}: {error}") from None
     except Exception as error:  # JSON can be anything
-        raise CheckpointError(f"{path}: is not a program that mixer_jax exported ({type(error).__name__}: {error})") from None
+        raise CheckpointError(f"{path}: {FOREIGN}: {type(error).__name__}: {error}") from None
     if unsafe:
         raise CheckpointError(f"{path}: is not opened, since torch.export.load could run code from it: {unsafe[0]}")
     return Facts.from_json(facts, str(path))
@@ -165,9 +168,9 @@ def opened(path: str | os.PathLike[str]) -> Program:
     try:
         model = torch.export.load(path).module()
     except Exception as error:  # of other versions, nearly anything
-        raise CheckpointError(
-            f"{path}: torch {facts.versions['torch']} wrote it, and torch {torch.__version__} does not open it: {error}"
-        ) from None
+        writer, reader = facts.versions.get("torch"), torch.__version__
+        message = f"torch {writer} wrote it, and torch {reader} does not open it: {first_line(error)}"
+        raise CheckpointError(f"{path}: {message}") from None
 
     def run(images: np.ndarray) -> np.ndarray:
         pixels = np.ascontiguousarray(rearrange(images, "b h w c -> b c h w"), facts.input_dtype)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convert import Checkpoint, CheckpointError, MixerConfig
-from convert.errors import first_line
 
 from .numpy_model import Hook
 
@@ -46,11 +45,13 @@ def device_of(name: str) -> str:
 
 def dtype_of(name: str, path: str) -> str:
     """What a program computes in. Raises CheckpointError for a file that is none."""
-    if (facts := facts_of(name, path)) is not None:
-        return facts.options.dtype
-    from ..export.onnx_program import Session
+    if name in ("onnx", "openvino"):
+        from ..export.onnx_program import Session
 
-    return Session(path).dtype
+        return Session(path).dtype
+    facts = facts_of(name, path)
+    assert facts is not None
+    return facts.options.dtype
 
 
 def open_program(name: str, path: str, checkpoint: Checkpoint) -> Run:
@@ -111,20 +112,25 @@ def _openvino(session: Any) -> Callable[[np.ndarray], np.ndarray]:
     try:
         model = openvino.Core().compile_model(str(session.path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError as error:
-        raise CheckpointError(f"{session.path}: OpenVINO does not open it: {first_line(error)}") from None
+        raise CheckpointError(f"{session.path}: OpenVINO does not open it: {_cause(error)}") from None
 
     def run(images: np.ndarray) -> np.ndarray:
         try:
             outputs = np.array(model(session.prepared(images))[0])
         except RuntimeError as error:
             raise CheckpointError(
-                f"{session.path}: OpenVINO does not compute {len(images)} images, as with a fixed batch: {first_line(error)}"
+                f"{session.path}: OpenVINO does not compute {len(images)} images, as with a fixed batch: {_cause(error)}"
             ) from None
         if len(outputs) != len(images):
             raise CheckpointError(f"{session.path}: gives {len(outputs)} rows for {len(images)} images: its batch is fixed")
         return outputs
 
     return run
+
+
+def _cause(error: RuntimeError) -> str:
+    """The last line of OpenVINO's message; those before it say where in its sources."""
+    return str(error).strip().rpartition("\n")[2]
 
 
 def _sizes(config: MixerConfig) -> str:

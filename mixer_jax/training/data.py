@@ -228,7 +228,7 @@ class TrainingBatches:
         Each thread decodes a share of a batch at a time: for small images, handing them over one by one takes longer.
         """
         threads = self.threads or cores()
-        shares = np.array_split(np.arange(len(self._rows)), min(threads, len(self._rows)))
+        shares = np.array_split(np.arange(len(self._rows)), max(1, min(threads, len(self._rows))))
 
         def decoded(task: tuple[int, np.ndarray]) -> list[tuple[np.ndarray, int]]:
             k, share = task
@@ -236,7 +236,7 @@ class TrainingBatches:
             return [self._images[indices[i]] for i in share]
 
         tasks = ((k, share) for k in itertools.count(step) for share in shares)
-        parts = decode_ahead(decoded, tasks, threads=threads, count=len(shares))
+        parts = decode_ahead(decoded, tasks, threads=threads, count=threads)
 
         def batch(step: int) -> Batch:
             return self._batch(step, itertools.chain.from_iterable(itertools.islice(parts, len(shares))))
@@ -306,13 +306,13 @@ class EvaluationBatches:
         threads, scale = self.threads or cores(), preprocessing_of(self.preprocessing, self.dataset.channels)
         rows = np.arange(self.batch_size) if self.rows is None else self.rows
         total, firsts = len(self.dataset), range(0, len(self.dataset), self.batch_size)
-        shares = np.array_split(rows, min(threads, len(rows)))
+        shares = np.array_split(rows, max(1, min(threads, len(rows))))
 
         def decoded(indices: np.ndarray) -> list[np.ndarray | None]:
             return [self._pixels(i) for i in indices.tolist() if i < total]
 
         tasks = (first + share for first in firsts for share in shares)
-        parts = decode_ahead(decoded, tasks, threads=threads, count=len(shares))
+        parts = decode_ahead(decoded, tasks, threads=threads, count=threads)
         with contextlib.closing(parts):
             for first in firsts:
                 batch = _zeros(self.dataset, self.batch_size, self.image_size)
