@@ -31,8 +31,9 @@ from worker import versions
 import mixer_jax
 from convert import MixerConfig
 from mixer_jax.commands.finetune import finetune
+from mixer_jax.training.batches import Batch, TrainingBatches
 from mixer_jax.training.config import FinetuneConfig
-from mixer_jax.training.data import Batch, TrainingBatches, open_dataset
+from mixer_jax.training.data import open_dataset
 from mixer_jax.training.recipe import Recipe
 from mixer_jax.training.step import initial_state, make_train_step
 

@@ -26,8 +26,9 @@ import mixer_jax
 from convert import Checkpoint, CheckpointError, MixerConfig, read, write
 from mixer_jax.commands.finetune import finetune
 from mixer_jax.pictures.curves import draw_curves, smoothed
+from mixer_jax.training.batches import EvaluationBatches
 from mixer_jax.training.config import HELP, PRESETS, FinetuneConfig
-from mixer_jax.training.data import EvaluationBatches, open_dataset
+from mixer_jax.training.data import open_dataset
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = "S/4,num_blocks=2,hidden_dim=16,tokens_mlp_dim=8,channels_mlp_dim=24"

@@ -24,7 +24,8 @@ from mixer_jax.commands.finetune import finetune
 from mixer_jax.commands.pack import check, pack
 from mixer_jax.preprocess import ImageError
 from mixer_jax.training.augment import Augmentation
-from mixer_jax.training.data import EvaluationBatches, open_dataset
+from mixer_jax.training.batches import EvaluationBatches
+from mixer_jax.training.data import open_dataset
 from mixer_jax.training.loop import Interrupted
 from mixer_jax.training.run_folder import RunFolder
 

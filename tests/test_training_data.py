@@ -24,7 +24,8 @@ from convert import CheckpointError, MixerConfig
 from mixer_jax.commands.finetune import finetune
 from mixer_jax.preprocess import ImageError, squash
 from mixer_jax.training.augment import OPERATIONS, Augmentation, _operation, random_crop
-from mixer_jax.training.data import Dataset, EvaluationBatches, TrainingBatches, open_dataset
+from mixer_jax.training.batches import EvaluationBatches, TrainingBatches
+from mixer_jax.training.data import Dataset, open_dataset
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["cat", "dog", "emu"]
@@ -230,7 +231,8 @@ def test_a_batch_is_a_function_of_seed_and_number_alone(dataset, augmentation):
 def test_another_process_draws_the_same_batches(folder, dataset):
     code = f"""if True:
         import hashlib
-        from mixer_jax.training.data import TrainingBatches, open_dataset
+        from mixer_jax.training.batches import TrainingBatches
+        from mixer_jax.training.data import open_dataset
         batches = TrainingBatches(dataset=open_dataset({str(folder)!r}).train, batch_size=4, image_size=(6, 5), seed=3)
         for step, batch in zip((7, 8), batches.starting_at(7)):
             print(hashlib.sha256(batch.images.tobytes() + batch.labels.tobytes()).hexdigest())

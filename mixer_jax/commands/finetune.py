@@ -17,8 +17,9 @@ from convert.preprocessing import unknown_preprocessing
 
 from ..preprocess import ImageError, preprocessing_of
 from ..sharding.processes import all_or_none, is_first, require_equal_everywhere, versions
+from ..training.batches import grain
 from ..training.config import FinetuneConfig
-from ..training.data import Dataset, Splits, grain, open_dataset
+from ..training.data import Dataset, Splits, open_dataset
 from ..training.freezing import trainable
 from ..training.sources import read_parts
 

@@ -16,7 +16,8 @@ from convert.atomic import atomic_write
 
 from ..inference import compiled
 from ..model import MlpMixer
-from .data import Batch, Dataset, EvaluationBatches, epochs
+from .batches import Batch, EvaluationBatches, epochs
+from .data import Dataset
 
 
 @dataclass(frozen=True, eq=False)

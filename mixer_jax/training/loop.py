@@ -25,8 +25,9 @@ from ..evaluation import Accuracy, Evaluation, best_classes
 from ..model import MlpMixer
 from ..pretrained import load, save
 from ..sharding.processes import all_or_none, exchanged, is_first, of_first
+from .batches import EvaluationBatches, TrainingBatches
 from .config import FinetuneConfig
-from .data import EvaluationBatches, Splits, TrainingBatches
+from .data import Splits
 from .features import FeatureBatches, Features, FeaturesInOrder
 from .freezing import named_weights
 from .run_folder import FollowedRun, RunFolder
