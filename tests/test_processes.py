@@ -279,7 +279,7 @@ def test_unreadable_images_of_all_processes_are_named_by_the_first(photographs, 
     line = ["finetune", photographs / "start.npz", photographs / "images", "--run", tmp_path / "run", "--preset", "small"]
     line += ["--total-steps", 20, "--warmup-steps", 2, "--evaluate-every", 20, "--batch-size", 20]
     (out, _), (other, _) = ended(verb(2, *line))
-    assert "not used: dog/051.png: no image in a format that Pillow knows\n1 images could not be used" in out
+    assert "not used: dog/051.png: no image in a format that Pillow knows\n1 image could not be used" in out
     assert other == ""
 
 

@@ -108,12 +108,13 @@ def opened(path: str | os.PathLike[str]) -> Program:
     archive = _archive(path)
     facts, convention = _facts_and_convention(path, archive)
     try:
-        _require_window(facts, convention)
+        program = archive.read("program.bin")
+        _require_window(facts, convention, program)
         content = safetensors.read_open(archive.window("weights.safetensors"))
         if not content.verified:
             raise CheckpointError("its weights have no checksums, so export did not write them")
         weights: Any = {name: np.asarray(array) for name, array in content.arrays.items()}
-        exported = _deserialised(archive.read("program.bin"), facts)
+        exported = _deserialised(program, facts)
         _require_one_model(exported, weights, facts)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -128,15 +129,24 @@ def opened(path: str | os.PathLike[str]) -> Program:
     return Program(str(path), facts, run)
 
 
-def _require_window(facts: Facts, convention: int) -> None:
+def _require_window(facts: Facts, convention: int, program: bytes) -> None:
+    """Raise CheckpointError for a program of another JAX whose calling convention or StableHLO this one does not read."""
     from jax import __version__, export
+    from jax.extend.mlir.dialects import stablehlo
 
-    oldest, newest = export.minimum_supported_calling_convention_version, export.maximum_supported_calling_convention_version
-    if not oldest <= convention <= newest:
-        raise CheckpointError(
-            f"jax {facts.versions.get('jax')} wrote it with calling convention {convention}, and this jax {__version__} runs "
-            f"{oldest} to {newest}: export it again with this jax, or run it with one nearer to that"
-        )
+    window = export.minimum_supported_calling_convention_version, export.maximum_supported_calling_convention_version
+    written = re.search(rb"StableHLO_v(\d+)\.(\d+)\.(\d+)", program)
+    versions = [stablehlo.get_minimum_version(), stablehlo.get_current_version()]
+    oldest, newest = (tuple(map(int, version.split("."))) for version in versions)
+    fault = ""
+    if not window[0] <= convention <= window[1]:
+        fault = f"calling convention {convention}, and this jax {__version__} runs {window[0]} to {window[1]}"
+    elif written and not oldest <= tuple(map(int, written.groups())) <= newest:
+        found = b".".join(written.groups()).decode()
+        fault = f"StableHLO {found}, and this jax {__version__} reads {versions[0]} to {versions[1]}"
+    if fault:
+        remedy = "export it again with this jax, or run it with one nearer to that"
+        raise CheckpointError(f"jax {facts.versions.get('jax')} wrote it with {fault}: {remedy}")
 
 
 def _deserialised(program: bytes, facts: Facts) -> Any:

@@ -204,7 +204,7 @@ class Trainer:
         for name, error in sorted(unreadable.items()):
             tqdm.write(f"not used: {name}: {error}")
         if unreadable:
-            tqdm.write(f"{len(unreadable)} images could not be used")
+            tqdm.write(f"{len(unreadable)} image{'s' * (len(unreadable) > 1)} could not be used")
 
     def evaluated(self, weights: dict[str, Any], part: str) -> tuple[Evaluation, float]:
         """What weights get right of a part of the images, as `evaluate` sees them; and the mean softmax cross-entropy."""
