@@ -128,7 +128,7 @@ def uploaded(folder: Path) -> dict[str, Any]:
             require_free("me/mixer", force=False)
             refused = False
         except CheckpointError as error:
-            refused = "has a model.safetensors already" in str(error)
+            refused = "has model.safetensors, config.json, README.md already" in str(error)
         state = timm.create_model("hf-hub:me/mixer", pretrained=True).state_dict()
         wrapper = transformers.AutoModelForImageClassification.from_pretrained("me/mixer", dtype=torch.float32).timm_model
         back, local = read("hf:me/mixer"), read(folder)
