@@ -321,7 +321,7 @@ def test_a_mesh_that_does_not_fit_is_one_line(photographs, capsys):
 def test_one_process_alone_agrees_with_itself():
     assert processes.exchanged({"a": 1}) == [{"a": 1}]
     assert processes.is_first()
-    processes.require_same("config", {"a": 1})
+    processes.require_equal_everywhere("config", {"a": 1})
     with pytest.raises(CheckpointError, match="as it is"), processes.all_or_none():
         raise CheckpointError("as it is")
 
