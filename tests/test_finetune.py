@@ -113,7 +113,7 @@ def half_written(folder):
     return [name for name in os.listdir(folder / "states") if "tmp" in name] if (folder / "states").exists() else []
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.heavy)])
 def test_killed_anywhere_ends_with_the_same_bits(kills, uninterrupted, tmp_path):
     generator, count, writes, rounds = random.Random(kills), 0, 0, itertools.count()
     while count < kills:
