@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from convert import Checkpoint, CheckpointError, MixerConfig
 
+from ..export.onnx_names import operations_of
 from ..export.program import ExportOptions, Program, wide
 from .comparison import InconclusiveError, agreement, compare, noise
 from .implementations import Implementation
@@ -60,7 +61,7 @@ def prove(program: Program, checkpoint: Checkpoint) -> Proof:
     except InconclusiveError as why:
         raise CheckpointError(f"{checkpoint.source}: no export of it can be proved: {why}") from None
     few = min(len(images), math.ceil(1000 / right.shape[1]))
-    num_operations = 10 * config.num_blocks + (4 if config.num_classes else 3)
+    num_operations = len(operations_of(config))
     with tqdm(total=_passes(options) * num_operations, desc="proving", unit="op", disable=None, delay=2, leave=False) as bar:
         simulation = Simulation(Simulation.draws, SEED, bar.update)
         rounding = Rounding(options.dtype)

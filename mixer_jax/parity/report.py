@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from convert import Checkpoint, CheckpointError, MixerConfig
 
+from ..export.onnx_names import operations_of
 from .comparison import Agreement, Comparison, InconclusiveError, compare, num_passes
 from .exactness import Exactness, exact
 from .explanation import Explanation, explain
@@ -84,8 +85,8 @@ def parity_report(
     _require_memory(config, len(images), draws)
     passes = num_passes(a, b, draws) + (6 + (other_images is not None)) * ("explain" in extras)
     passes += len(PREDICTED) * (1 + draws) * ("predict_devices" in extras)
-    operations = 10 * config.num_blocks + (4 if config.num_classes else 3)
-    with tqdm(total=passes * operations, desc="comparing", unit="op", disable=None, delay=2, leave=False) as bar:
+    total = passes * len(operations_of(config))
+    with tqdm(total=total, desc="comparing", unit="op", disable=None, delay=2, leave=False) as bar:
         simulation = replace(simulation, progress=bar.update)
         try:
             comparison = compare(checkpoint, images, a, b, other=other, other_images=other_images, simulation=simulation)
